@@ -1,0 +1,40 @@
+# Everything a newcomer needs: `make demo`, `make ui`, `make test`.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install demo ui test lint typecheck unit clean
+
+help: ## Show this help
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(INSTALLED) ## Install into .venv, with pinned versions
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: $(INSTALLED) ## Run everything on a real slide and a synthetic cohort, into demo/
+	$(BIN)/histoencoder demo --folder demo
+
+ui: $(INSTALLED) ## Open the platform on the demo's cohort, on 127.0.0.1:3000
+	$(BIN)/python -m histoencoder_dagster.demo --folder demo --ui
+
+test: lint typecheck unit ## Lint, check types, run all tests
+
+lint: $(INSTALLED) ## Check format, style and the direction of imports
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+
+typecheck: $(INSTALLED) ## Check types
+	$(BIN)/mypy
+
+unit: $(INSTALLED) ## Run the tests and the examples in docstrings
+	$(BIN)/pytest -n 2 --dist loadfile
+
+clean: ## Remove the environment and the demo
+	rm -rf $(VENV) demo

@@ -1,0 +1,144 @@
+"""Commands that tell or tidy: sql, status, encoders, prune, demo."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import pyarrow as pa
+import pyarrow.csv
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from histoencoder_core.cli.tables import print_table
+from histoencoder_core.clusters import current_model
+from histoencoder_core.cohort import run_sql, slide_states
+from histoencoder_core.errors import SettingsError, StoreError
+from histoencoder_core.labels import find_annotations
+from histoencoder_core.settings import PlatformSettings
+from histoencoder_core.store import Store, layout
+
+OptionalStore = Annotated[
+    Path | None,
+    typer.Option(
+        "--input_dir", "--input-dir", "-i",
+        help="Folder of all outputs.  [default: HISTOENCODER_STORE, else ./store]",
+    ),
+]  # fmt: skip
+
+_STATES = ("done", "empty", "input", "stale", "failed", "missing", "not due")
+
+
+class Format(StrEnum):
+    """How a table is printed."""
+
+    TABLE = "table"
+    CSV = "csv"
+    JSON = "json"
+
+
+def sql(
+    query: Annotated[str, typer.Argument(help='For example: "select * from cluster_purity"')],
+    input_dir: OptionalStore = None,
+    form: Annotated[
+        Format, typer.Option("--format", "-f", help="How to print the result.")
+    ] = Format.TABLE,
+) -> None:
+    """Ask the catalog a question in SQL; it can't be changed by it."""
+    result = run_sql(_store(input_dir), query)
+    if form is Format.CSV:
+        pa.csv.write_csv(result, sys.stdout.buffer)
+    elif form is Format.JSON:
+        typer.echo(json.dumps(result.to_pylist(), indent=2, default=str))
+    else:
+        print_table(result)
+
+
+def status(input_dir: OptionalStore = None) -> None:
+    """Tell what is done and what is not, and why; exit code 1 if anything failed or is missing."""
+    deployment = PlatformSettings()
+    store = _store(input_dir)
+    if not store.root.is_dir():
+        raise StoreError(f"{store.root}: is not there.")
+    asked = deployment.model_fields_set
+    annotated = find_annotations(store, deployment.annotations_folder, store.slide_ids())
+    states = slide_states(
+        store,
+        # Without settings of the deployment, whatever was asked for on the command line will do.
+        tiling=deployment.tiling if "tiling" in asked else None,
+        encoder=deployment.encoder if "encoder" in asked else None,
+        model=current_model(store),
+        annotated=annotated,
+    )
+    counts = Counter((str(state.stage), str(state.state)) for state in states)
+    slides = len({state.slide for state in states})
+    table = Table("stage", "expected", *_STATES, box=None)
+    for stage in layout.STAGES:
+        numbers = [counts[stage, state] for state in _STATES]
+        table.add_row(stage, str(slides), *(str(n) if n else "·" for n in numbers))
+    console = Console(soft_wrap=True)
+    console.print(table)
+    for state in states:
+        if state.state in {"failed", "stale", "empty"}:
+            console.print(
+                f"{state.state}: {state.slide} {state.stage}: {state.reason}", markup=False
+            )
+    if any(state.state in {"failed", "missing"} for state in states) or not states:
+        raise typer.Exit(1)
+
+
+def encoders() -> None:
+    """List the encoders that can be named."""
+    from histoencoder_core.features import encoder_names  # torch takes seconds to import
+
+    table = Table("name", "what it is", box=None)
+    for name, text in encoder_names().items():
+        table.add_row(name, text)
+    Console(soft_wrap=True).print(table)
+
+
+def prune(
+    input_dir: OptionalStore = None,
+    slide: Annotated[
+        list[str] | None, typer.Option(help="Only this slide; repeat for several.")
+    ] = None,
+    stage: Annotated[
+        list[str] | None, typer.Option(help="Only this stage's outputs; repeat for several.")
+    ] = None,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Remove them; without it they are only listed.")
+    ] = False,
+) -> None:
+    """Remove outputs that were made with other settings than the current ones."""
+    store = _store(input_dir)
+    unknown = sorted({*(stage or [])} - {*layout.STAGES})
+    if unknown:
+        raise SettingsError(
+            f"No such stage: {', '.join(unknown)}. Stages: {', '.join(layout.STAGES)}."
+        )
+    stages = [name for name in layout.STAGES if stage is None or name in stage]
+    removed = store.prune(slides=slide or store.slide_ids(), stages=stages, dry_run=not yes)
+    for path, size in removed:
+        typer.echo(f"{size / 1e6:10.1f} MB  {path.relative_to(store.root)}")
+    total = sum(size for _, size in removed) / 1e6
+    done = "removed" if yes else "would be removed; add --yes to do it"
+    typer.echo(f"{len(removed)} outputs, {total:.1f} MB {done}.")
+
+
+def demo(
+    folder: Annotated[Path, typer.Option(help="Where the demo lives.")] = Path("demo"),
+) -> None:
+    """Fetch a real slide, make a synthetic cohort, and run everything on them through Dagster."""
+    # The orchestrator builds on this package, not the other way round: it is run, not imported.
+    command = [sys.executable, "-m", "histoencoder_dagster.demo", "--folder", str(folder)]
+    raise typer.Exit(subprocess.run(command, check=False).returncode)  # noqa: S603
+
+
+def _store(input_dir: Path | None) -> Store:
+    return Store(input_dir or PlatformSettings().store)

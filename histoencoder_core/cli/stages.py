@@ -1,0 +1,392 @@
+"""Commands that make something: tile, extract, cluster, label."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from tqdm import tqdm
+
+from histoencoder_core.cli.progress import each_slide, finish
+from histoencoder_core.clusters import (
+    ClusterModel,
+    assign_slide,
+    current_model,
+    feature_file,
+    feature_files,
+    fit_clusters,
+    save_model,
+)
+from histoencoder_core.cohort import build_catalog
+from histoencoder_core.errors import LabelError, SettingsError, StoreError
+from histoencoder_core.labels import find_annotation, find_annotations, label_slide
+from histoencoder_core.settings import (
+    ClusterSettings,
+    EncoderSettings,
+    PlatformSettings,
+    StageSettings,
+    TilingSettings,
+)
+from histoencoder_core.slides import Register, Sheet, describe_slide
+from histoencoder_core.slides.find import find_pattern
+from histoencoder_core.store import Stamp, Store
+from histoencoder_core.tiles import cut_tiles, find_sources
+
+CPUS = os.cpu_count() or 1
+
+StoreFolder = Annotated[
+    Path,
+    typer.Option(
+        "--input_dir",
+        "--input-dir",
+        "-i",
+        exists=True,
+        file_okay=False,
+        help="Folder with a sub-folder for each slide.",
+    ),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", "-z", help="Do it again even where it is done.")
+]
+Workers = Annotated[int, typer.Option("--num-workers", "-j", min=1, help="Reading threads.")]
+
+
+def tile(
+    pattern: Annotated[
+        str,
+        typer.Option("--input", "-i", help="Slides: a folder, a file, or a pattern with * and **."),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", file_okay=False, help="Folder for all outputs.")
+    ],
+    mpp: Annotated[
+        float | None, typer.Option(help="Resolution of a tile in µm/px.  [default: 0.5]")
+    ] = None,
+    tile_px: Annotated[
+        int | None,
+        typer.Option(help="Size of a tile in pixels at that resolution.  [default: 512]"),
+    ] = None,
+    level: Annotated[
+        int | None, typer.Option("--level", "-l", help="Pyramid level to read (HistoPrep's way).")
+    ] = None,
+    width: Annotated[
+        int | None,
+        typer.Option("--width", "-w", help="Tile width in level-0 pixels (HistoPrep's way)."),
+    ] = None,
+    height: Annotated[
+        int | None,
+        typer.Option("--height", "-h", help="Tile height in level-0 pixels.  [default: width]"),
+    ] = None,
+    overlap: Annotated[
+        float | None,
+        typer.Option(
+            "--overlap", "-n", help="Overlap of neighbours.  [default: 0.5; with --width 0]"
+        ),
+    ] = None,
+    max_background: Annotated[
+        float | None,
+        typer.Option(
+            "--max-background",
+            "-b",
+            help="Most background in a tile.  [default: 0.5; with --width 0.75]",
+        ),
+    ] = None,
+    in_bounds: Annotated[
+        bool | None,
+        typer.Option("--in-bounds", help="Leave out tiles that reach beyond the slide."),
+    ] = None,
+    threshold: Annotated[
+        int | None,
+        typer.Option("--threshold", "-t", help="Grey value that parts tissue.  [default: Otsu's]"),
+    ] = None,
+    multiplier: Annotated[
+        float | None,
+        typer.Option("--multiplier", "-x", help="Factor on Otsu's threshold.  [default: 1.05]"),
+    ] = None,
+    max_dimension: Annotated[
+        int | None, typer.Option(help="Size of the image tissue is looked for in.  [default: 8192]")
+    ] = None,
+    sigma: Annotated[
+        float | None, typer.Option(help="Blur before thresholding, in pixels.  [default: 1.0]")
+    ] = None,
+    background: Annotated[
+        str | None, typer.Option(help="'dark' for fluorescence.  [default: bright]")
+    ] = None,
+    allow_upsampling: Annotated[
+        bool | None, typer.Option("--allow-upsampling", help="Accept finer than the slide has.")
+    ] = None,
+    metrics: Annotated[
+        bool, typer.Option("--metrics", help="Measure quality on full-resolution tiles.")
+    ] = False,
+    save_tiles: Annotated[
+        bool, typer.Option("--save-tiles", help="Also write each tile as a JPEG.")
+    ] = False,
+    slides_csv: Annotated[
+        Path | None, typer.Option(help="Table: slide, mpp, patient, site, scanner, stain, split.")
+    ] = None,
+    overwrite: Overwrite = False,
+    num_workers: Workers = CPUS,
+) -> None:
+    """Find tissue on slides and lay tiles over it.
+
+    Ask for tiles by resolution (--mpp, --tile-px) or, as with HistoPrep, in level-0 pixels
+    (--width).
+    """
+    asked = {
+        "mpp": mpp, "tile_px": tile_px, "level": level, "width": width, "height": height,
+        "overlap": overlap, "max_background": max_background, "in_bounds": in_bounds,
+        "threshold": threshold, "multiplier": multiplier, "max_dimension": max_dimension,
+        "sigma": sigma, "background": background, "allow_upsampling": allow_upsampling,
+        "metrics": "tile" if metrics else None,
+    }  # fmt: skip
+    settings = _tiling({name: value for name, value in asked.items() if value is not None})
+    found = find_pattern(pattern)
+    if not found:
+        raise SettingsError(f"No slides were found by {pattern!r}.")
+    sheet_path = slides_csv or _beside(found[0].path, found[0].relative)
+    sheet = Sheet.read(sheet_path)
+    store = Store(output)
+    slides = Register(store).assign(found)
+
+    def work(slide_id: str) -> Stamp:
+        folder = store.slide(slide_id)
+        slide = slides[slide_id]
+        describe_slide(folder, slide, sheet.row(slide_id, relative=slide.relative))
+        if overwrite:
+            folder.discard("tiles")
+        return cut_tiles(folder, settings, save_images=save_tiles, num_workers=num_workers)
+
+    finish(each_slide("Tiling", slides, work))
+
+
+def extract(
+    input_dir: StoreFolder,
+    model_name: Annotated[
+        str | None, typer.Option("--model-name", "-m", help="Encoder; see `histoencoder encoders`.")
+    ] = None,
+    num_blocks: Annotated[
+        int | None,
+        typer.Option("--num-blocks", "-n", min=1, help="Attention blocks whose outputs are kept."),
+    ] = None,
+    avg_pool: Annotated[
+        bool | None, typer.Option("--avg-pool", "-a", help="Append the average of the last block.")
+    ] = None,
+    input_size: Annotated[
+        int | None,
+        typer.Option("--input-size", "-s", help="Size of the encoder's input in pixels."),
+    ] = None,
+    float16: Annotated[
+        bool | None, typer.Option("--float16", help="Store features as float16.")
+    ] = None,
+    use_cpu: Annotated[
+        bool, typer.Option("--use-cpu", "-c", help="Do not look for a GPU.")
+    ] = False,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", "-b", min=1, help="Tiles a forward pass.")
+    ] = None,
+    wide: Annotated[
+        bool, typer.Option("--wide", help="Write HistoEncoder's columns feat1, feat2, …")
+    ] = False,
+    overwrite: Overwrite = False,
+    num_workers: Workers = CPUS,
+) -> None:
+    """Encode tiles into features.
+
+    Takes folders made by `histoencoder tile`, by HistoPrep, or any folders of tile images.
+    """
+    deployment = PlatformSettings()
+    settings = _changed(
+        deployment.encoder,
+        {
+            "name": model_name,
+            "num_blocks": num_blocks,
+            "avg_pool": avg_pool,
+            "input_size": input_size,
+            "dtype": "float16" if float16 else None,
+        },
+    )
+    assert isinstance(settings, EncoderSettings)
+    store = Store(input_dir)
+    sources = find_sources(store)
+    if not sources:
+        raise StoreError(
+            f"{input_dir}: holds no tiles. Give the folder that `histoencoder tile` or HistoPrep "
+            "wrote to, or a folder with a sub-folder of tile images for each slide."
+        )
+    from histoencoder_core.features import extract_slide, load_encoder  # torch takes seconds
+
+    encoder = load_encoder(
+        settings,
+        weights_folder=deployment.weights_folder,
+        weights_url=deployment.weights_url,
+        device="cpu" if use_cpu else deployment.device,
+    )
+    if encoder.untrained:
+        typer.secho(
+            f"WARNING: {settings.name} is untrained: its features mean nothing.",
+            fg="yellow",
+            err=True,
+        )
+    total = sum(source.keys.num_rows for source in sources.values())
+    with tqdm(
+        total=total, desc="Encoding", unit="tile", disable=None, position=1, leave=False
+    ) as bar:
+
+        def work(slide_id: str) -> Stamp:
+            folder = store.slide(slide_id)
+            if overwrite:
+                folder.discard("features")
+            return extract_slide(
+                folder,
+                sources[slide_id],
+                encoder,
+                batch_size=batch_size or deployment.batch_size,
+                num_workers=num_workers,
+                wide=wide,
+                progress=bar.update,
+            )
+
+        counts = each_slide("Extracting", sources, work)
+    finish(counts)
+
+
+def cluster(
+    input_dir: StoreFolder,
+    num_clusters: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--num-clusters",
+            "-n",
+            min=2,
+            help="Number of clusters; repeat for several.  [default: 8 16 24 32 64 128]",
+        ),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the clustering.  [default: 0]")] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            "--refit",
+            "-z",
+            help="Fit a new model even if there is one, and assign all slides with it.",
+        ),
+    ] = False,
+) -> None:
+    """Cluster features over all slides.
+
+    The first time, a model is fitted. Later, slides are assigned with it: a new slide never
+    renumbers the clusters of the others. --refit, other options or another encoder call for a
+    new model.
+    """
+    settings = _changed(
+        PlatformSettings().clusters,
+        {"n_clusters": tuple(sorted(set(num_clusters))) if num_clusters else None, "seed": seed},
+    )
+    assert isinstance(settings, ClusterSettings)
+    store = Store(input_dir)
+    model = _model(store, settings, refit=overwrite)
+    inputs = feature_files(store)
+    counts = each_slide(
+        "Assigning",
+        [file.slide for file in inputs],
+        lambda slide_id: assign_slide(store.slide(slide_id), model),
+    )
+    _publish(store)
+    finish(counts)
+
+
+def label(
+    input_dir: StoreFolder,
+    annotations: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            help="Folder of <slide>.geojson and of CSV files: slide, x, y, label.",
+        ),
+    ] = None,
+) -> None:
+    """Label tiles from annotations, and from the labels in tiles.csv."""
+    store = Store(input_dir)
+    sources = find_sources(store)
+    annotated = find_annotations(store, annotations, sources)
+    if not annotated:
+        raise LabelError(
+            f"No annotations were found for the slides in {input_dir}. GeoJSON files are named "
+            "after the slide's id, and CSV files name it in the column 'slide'."
+        )
+
+    def work(slide_id: str) -> Stamp:
+        annotation = find_annotation(store, annotations, slide_id)
+        assert annotation is not None
+        return label_slide(store.slide(slide_id), sources[slide_id], annotation)
+
+    counts = each_slide("Labelling", sorted(annotated), work, describe="labelled")
+    _publish(store, annotated=sorted(annotated))
+    finish(counts)
+
+
+def _model(store: Store, settings: ClusterSettings, *, refit: bool) -> ClusterModel:
+    """The current model if it will do, else a new one."""
+    model = current_model(store)
+    found = [feature_file(store.slide(slide_id)) for slide_id in store.slide_ids()]
+    spaces = {file.space for file in found if file is not None}
+    if model is not None and not refit and model.settings == settings and spaces == {model.space}:
+        typer.echo(f"Using cluster model {model.version}; --refit fits a new one.")
+        return model
+    inputs = feature_files(store)
+    model = fit_clusters(inputs, settings)
+    save_model(store, model)
+    result = model.stamp.result
+    ks = ", ".join(map(str, result["n_clusters"]))
+    note = " (untrained encoder)" if model.untrained else ""
+    typer.echo(
+        f"Fitted cluster model {model.version}{note}: {ks} clusters of {result['tiles']} tiles "
+        f"on {result['slides']} slides in {result['seconds']:.1f} s."
+    )
+    return model
+
+
+def _publish(store: Store, *, annotated: list[str] | None = None) -> None:
+    summary = build_catalog(store, annotated=annotated or [])
+    typer.echo(
+        f"Catalog: {summary.slides} slides, {summary.tiles} tiles, {summary.labelled_tiles} "
+        f'labelled. Ask it: histoencoder sql -i "{store.root}" "from cluster_purity"'
+    )
+
+
+def _tiling(asked: dict[str, Any]) -> TilingSettings:
+    histoprep = {"level", "width", "height"} & asked.keys()
+    try:
+        if histoprep:
+            return TilingSettings.histoprep(**asked)
+        settings = _changed(PlatformSettings().tiling, asked)
+    except ValidationError as error:
+        raise SettingsError(_first_problem(error)) from error
+    assert isinstance(settings, TilingSettings)
+    return settings
+
+
+def _changed(settings: StageSettings, asked: dict[str, Any]) -> StageSettings:
+    """The deployment's settings with those given on the command line."""
+    given = {name: value for name, value in asked.items() if value is not None}
+    try:
+        return type(settings)(**{**settings.model_dump(exclude_defaults=True), **given})
+    except ValidationError as error:
+        raise SettingsError(_first_problem(error)) from error
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    where = ".".join(map(str, problem["loc"]))
+    text = problem["msg"].removeprefix("Value error, ")
+    return f"{where}: {text}" if where else text
+
+
+def _beside(path: Path, relative: str) -> Path | None:
+    """The slides.csv in the folder that was searched."""
+    candidate = Path(str(path).removesuffix(relative)) / "slides.csv"
+    return candidate if candidate.is_file() else None

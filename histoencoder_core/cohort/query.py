@@ -1,0 +1,55 @@
+"""Answering SQL over the catalog, read-only."""
+
+from __future__ import annotations
+
+import duckdb
+import pyarrow as pa
+
+from histoencoder_core.errors import StoreError
+from histoencoder_core.store import Store
+
+SETTINGS = (
+    "temp_directory = ''",
+    "enable_external_access = false",
+    # What was attached, and its write-ahead log, would stay open to COPY otherwise.
+    "disabled_filesystems = 'LocalFileSystem'",
+    "lock_configuration = true",
+)
+"""What keeps a query inside the catalog, in the order that DuckDB takes it in."""
+
+
+def run_sql(store: Store, query: str) -> pa.Table:
+    """Run one query on the published catalog.
+
+    The catalog is opened read-only, with access to files, the network and extensions off and the
+    configuration locked, so a query can neither change nor reach anything, the catalog included.
+
+    Args:
+        store: The store.
+        query: SQL, as DuckDB understands it.
+
+    Returns:
+        The result.
+
+    Raises:
+        StoreError: There is no catalog yet, or the query fails; the message is DuckDB's.
+    """
+    if not store.catalog_path.exists():
+        raise StoreError(
+            f"{store.catalog_path}: there is no catalog yet. It is written by `histoencoder "
+            "cluster`, and by the asset 'catalog'."
+        )
+    path = str(store.catalog_path).replace("'", "''")
+    try:
+        # Connections of a process to one file share its settings and its contents, even after the
+        # file was replaced; a database in memory is nobody else's.
+        with duckdb.connect(":memory:") as connection:
+            connection.execute(f"ATTACH '{path}' AS catalog (READ_ONLY)")
+            connection.execute("USE catalog")
+            for setting in SETTINGS:
+                connection.execute(f"SET {setting}")
+            answer = connection.sql(query)
+            # A statement that is no query, such as SET, has no result.
+            return pa.table({}) if answer is None else answer.to_arrow_table()
+    except duckdb.Error as error:
+        raise StoreError(f"The query failed. {error}") from error

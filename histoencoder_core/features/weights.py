@@ -1,0 +1,168 @@
+"""Getting encoder weights: a local file, the cache, a mirror, or the published address."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from histoencoder_core.errors import WeightsError
+from histoencoder_core.store.files import atomic_path
+
+log = logging.getLogger(__name__)
+
+PUBLISHED = {
+    "prostate_small": "https://dl.dropboxusercontent.com/s/tbff9wslc8p7ie3/prostate_small.pth?dl=0",
+    "prostate_medium": "https://dl.dropboxusercontent.com/s/k1fr09x5auki8sp/prostate_medium.pth?dl=0",
+}
+"""Addresses that HistoEncoder 0.1.1 published its weights at."""
+
+TIMEOUT_SECONDS = 30
+_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+
+
+def prostate_weights(name: str, *, folder: Path, mirror: str | None = None) -> Path:
+    """Find or fetch the weights of a HistoEncoder model.
+
+    Args:
+        name: ``prostate_small`` or ``prostate_medium``.
+        folder: Folder of weights; what is fetched is kept there.
+        mirror: Address under which ``<name>.pth`` is tried before the published one.
+
+    Returns:
+        The path of the weights.
+
+    Raises:
+        WeightsError: They are nowhere to be had; the message says what to put where.
+    """
+    local = local_weights(name, folder)
+    if local is not None:
+        return local
+    target = folder / f"{name}.pth"
+    addresses = [f"{mirror.rstrip('/')}/{name}.pth"] if mirror else []
+    addresses.append(PUBLISHED[name])
+    failures = []
+    for address in addresses:
+        try:
+            _download(address, target)
+        except (OSError, urllib.error.URLError, ValueError) as error:
+            failures.append(f"{address}: {error}")
+        else:
+            return target
+    raise WeightsError(
+        f"The weights of {name} are not at hand and could not be fetched ({'; '.join(failures)}). "
+        f"Fetch {PUBLISHED[name]} on a machine with network access and put the file at "
+        f"{target}, or name a mirror in HISTOENCODER_WEIGHTS_URL, or another folder of weights "
+        "in HISTOENCODER_WEIGHTS."
+    )
+
+
+def local_weights(name: str, folder: Path) -> Path | None:
+    """The file of an encoder's weights in a folder, if it is there.
+
+    Args:
+        name: The encoder's name; characters that no file name has are written as ``_``.
+        folder: The folder of weights.
+    """
+    stem = file_stem(name)
+    found = (folder / f"{stem}{suffix}" for suffix in _SUFFIXES)
+    return next((path for path in found if path.is_file()), None)
+
+
+def file_stem(name: str) -> str:
+    """The file name, without suffix, that an encoder's weights have in the folder of weights.
+
+    Example:
+        >>> file_stem("hf-hub:MahmoodLab/UNI")
+        'hf-hub_MahmoodLab_UNI'
+    """
+    return name.replace(":", "_").replace("/", "_")
+
+
+def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """Load a state dict without executing anything that a file may hold.
+
+    Args:
+        path: A ``.safetensors`` or a PyTorch file; a dict under ``state_dict`` or ``model`` is
+            looked into.
+
+    Raises:
+        WeightsError: The file is damaged or holds anything but tensors.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content: Any = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise WeightsError(
+            f"{path}: can't be loaded as weights ({type(error).__name__}: {error}). Remove the "
+            "file and fetch it again."
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not all(
+        isinstance(value, torch.Tensor) for value in content.values()
+    ):
+        raise WeightsError(f"{path}: holds something else than a state dict of tensors.")
+    return dict(content)
+
+
+def load_into(module: torch.nn.Module, path: Path, *, ignore: tuple[str, ...] = ()) -> None:
+    """Load weights into a module, exactly.
+
+    Args:
+        module: The module.
+        path: The weights.
+        ignore: Beginnings of names that the file may hold beyond the module's, such as a
+            classifier.
+
+    Raises:
+        WeightsError: A weight is missing, has another shape, or is unknown.
+    """
+    content = read_state_dict(path)
+    kept = {name: value for name, value in content.items() if not name.startswith(ignore or "\0")}
+    try:
+        module.load_state_dict(kept)
+    except RuntimeError as error:
+        first = " ".join(str(error).split())[:400]
+        raise WeightsError(f"{path}: does not fit the encoder. {first}") from error
+
+
+def state_dict_sha256(module: torch.nn.Module) -> str:
+    """Hash a module's weights, whatever file they came in.
+
+    Returns:
+        The SHA-256 over names, types, shapes and values of all parameters and buffers.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        tensor = value.detach().cpu().contiguous()
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _download(address: str, target: Path) -> None:
+    if not address.startswith(("http://", "https://", "file://")):
+        raise ValueError("not an http, https or file address")
+    log.info("fetching %s", address)
+    with (
+        urllib.request.urlopen(address, timeout=TIMEOUT_SECONDS) as response,  # noqa: S310
+        atomic_path(target) as temporary,
+        temporary.open("wb") as file,
+    ):
+        shutil.copyfileobj(response, file)
+        expected = response.headers.get("Content-Length")
+        if expected is not None and file.tell() != int(expected):
+            raise OSError(f"got {file.tell()} of {expected} bytes")

@@ -1,0 +1,221 @@
+"""What is asked of the platform: frozen settings with fingerprints, and deployment values.
+
+The three stage settings (`TilingSettings`, `EncoderSettings`, `ClusterSettings`) decide results and
+so are part of every output's fingerprint. `PlatformSettings` says where things are on one
+deployment; it is read from environment variables with the prefix ``HISTOENCODER_`` (nested values
+with two underscores: ``HISTOENCODER_TILING__TILE_PX=256``) and decides no result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+N_CLUSTERS = (8, 16, 24, 32, 64, 128)
+"""The numbers of clusters that HistoEncoder's command line computes by default."""
+
+
+def fingerprint(value: Any) -> str:
+    """Hash a JSON-like value into 64 hexadecimal digits.
+
+    Args:
+        value: Anything that `json.dumps` takes; the order of a mapping's keys does not matter.
+
+    Returns:
+        The SHA-256 of the value's canonical JSON form.
+
+    Example:
+        >>> fingerprint({"b": 1, "a": 2}) == fingerprint({"a": 2, "b": 1})
+        True
+    """
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+class StageSettings(BaseModel):
+    """Base of settings that decide a stage's results."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all that differs from the defaults.
+
+        Leaving defaults out lets a later version add a setting without making an archive due
+        again. A default that changes meaning must raise its stage's ``ALGORITHM`` instead.
+        """
+        return fingerprint(self.model_dump(mode="json", exclude_defaults=True))
+
+
+class TilingSettings(StageSettings):
+    """How a slide is cut into tiles.
+
+    Tiles are asked for in one of two ways. Physical: `tile_px` pixels at `mpp` µm/px, whatever the
+    slide's own resolution. HistoPrep's: `width` × `height` level-0 pixels read at pyramid `level`.
+    Setting `width` chooses HistoPrep's way. Its command line's defaults come with
+    `TilingSettings.histoprep`.
+
+    Attributes:
+        mpp: Resolution of a tile in µm/px (physical way).
+        tile_px: Width and height of a tile in pixels at `mpp` (physical way).
+        level: Pyramid level to read from; negative counts from the coarsest (HistoPrep's way).
+        width: Tile width in level-0 pixels (HistoPrep's way).
+        height: Tile height in level-0 pixels; `width` if not given (HistoPrep's way).
+        overlap: Share of a tile's width that it has in common with its neighbour, in [0, 1).
+        max_background: Largest share of background in a kept tile.
+        in_bounds: Leave out tiles that reach beyond the slide's border.
+        threshold: Grey value in [0, 255] below which a pixel is tissue; Otsu's if not given.
+        multiplier: Factor on Otsu's threshold.
+        sigma: Standard deviation in pixels of the blur before thresholding.
+        max_dimension: Largest width or height in pixels of the image tissue is looked for in.
+        background: ``bright`` for brightfield; ``dark`` for fluorescence, whose grey values are
+            inverted before thresholding. A slide that is the other kind is refused.
+        allow_upsampling: Accept a request finer than the slide's own resolution.
+        metrics: Where the quality metrics are measured: on the ``overview`` in which tissue was
+            looked for, or on every ``tile`` at full resolution (reads the whole slide once more).
+    """
+
+    mpp: float = Field(default=0.5, gt=0)
+    tile_px: int = Field(default=512, ge=8, le=8192)
+    level: int | None = None
+    width: int | None = Field(default=None, ge=8, le=65536)
+    height: int | None = Field(default=None, ge=8, le=65536)
+    overlap: float = Field(default=0.5, ge=0, lt=1)
+    max_background: float = Field(default=0.5, ge=0, le=1)
+    in_bounds: bool = False
+    threshold: int | None = Field(default=None, ge=0, le=255)
+    multiplier: float = Field(default=1.05, gt=0)
+    sigma: float = Field(default=1.0, ge=0)
+    max_dimension: int = Field(default=8192, ge=64, le=16384)
+    background: Literal["bright", "dark"] = "bright"
+    allow_upsampling: bool = False
+    metrics: Literal["overview", "tile"] = "overview"
+
+    @model_validator(mode="after")
+    def _one_way_to_ask(self) -> Self:
+        if self.width is None and (self.level is not None or self.height is not None):
+            raise ValueError("level and height need width: they are HistoPrep's way to ask")
+        if self.width is not None and self.model_fields_set & {"mpp", "tile_px"}:
+            raise ValueError("ask for tiles either by mpp and tile_px or by width, not by both")
+        return self
+
+    @classmethod
+    def histoprep(cls, *, width: int = 640, **changes: Any) -> TilingSettings:
+        """HistoPrep's way to ask, with the defaults of HistoPrep's command line.
+
+        Example:
+            >>> TilingSettings.histoprep(width=512).max_background
+            0.75
+        """
+        return cls(**{"width": width, "overlap": 0.0, "max_background": 0.75, **changes})
+
+
+class EncoderSettings(StageSettings):
+    """Which encoder turns a tile into a feature vector, and which of its outputs are kept.
+
+    Attributes:
+        name: ``prostate_small``, ``prostate_medium``, ``pathmnist_densenet121``, ``timm:<name>``,
+            ``hf-hub:<org>/<name>`` or ``untrained:<timm name>``.
+        num_blocks: Number of last attention blocks whose class tokens are joined (XCiT only).
+        avg_pool: Append the mean of the last block's patch tokens (XCiT only).
+        input_size: Width and height in pixels of the encoder's input; the encoder's own if not
+            given.
+        dtype: Type of the stored features.
+        seed: Seed of the random weights of an ``untrained:`` encoder.
+    """
+
+    name: str = "prostate_small"
+    num_blocks: int = Field(default=1, ge=1)
+    avg_pool: bool = False
+    input_size: int | None = Field(default=None, ge=16, le=2048)
+    dtype: Literal["float32", "float16"] = "float32"
+    seed: int = 0
+
+
+class ClusterSettings(StageSettings):
+    """How the cohort's features are clustered.
+
+    Attributes:
+        n_clusters: Numbers of clusters K, one k-means model each.
+        seed: Seed of the sample, of k-means++ and of the order of the data.
+        batch_size: Tiles a mini-batch step.
+        sample_size: Tiles in the sample, drawn evenly over slides, that the centroids start from.
+        max_passes: Largest number of passes over the data.
+        tolerance: A pass that moves the centroids by less, relative to the spread of the features,
+            is the last.
+    """
+
+    n_clusters: tuple[int, ...] = N_CLUSTERS
+    seed: int = 0
+    batch_size: int = Field(default=4096, ge=1)
+    sample_size: int = Field(default=65536, ge=1)
+    max_passes: int = Field(default=10, ge=1)
+    tolerance: float = Field(default=1e-4, ge=0)
+
+    @model_validator(mode="after")
+    def _sensible_k(self) -> Self:
+        if not self.n_clusters or min(self.n_clusters) < 2:
+            raise ValueError("n_clusters needs at least one number, each 2 or more")
+        if sorted(set(self.n_clusters)) != list(self.n_clusters):
+            raise ValueError("n_clusters must rise and hold each number once")
+        return self
+
+
+class PlatformSettings(BaseSettings):
+    """Where things are on this deployment, and what it asks of each stage.
+
+    Attributes:
+        slides: Folder that scanners write to; searched with its sub-folders.
+        store: Folder of all outputs.
+        annotations: Folder of GeoJSON and CSV annotations; ``<slides>/annotations`` if not given.
+        sheet: The ``slides.csv``; ``<slides>/slides.csv`` if not given and there.
+        weights: Folder of encoder weights, also the download cache.
+        weights_url: Mirror to fetch weights from before their published address.
+        device: Torch device, ``auto`` for the best one there is.
+        batch_size: Tiles a forward pass.
+        slides_per_run: Slides a Dagster run.
+        settle_seconds: A file must have been left alone for so long before it counts as scanned.
+        first_fit_slides: Slides with features that call for the cohort's first cluster model.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="HISTOENCODER_", env_nested_delimiter="__", frozen=True, extra="ignore"
+    )
+
+    slides: Path = Path("slides")
+    store: Path = Path("store")
+    annotations: Path | None = None
+    sheet: Path | None = None
+    weights: Path = Path("~/.cache/histoencoder")
+    weights_url: str | None = None
+    device: str = "auto"
+    batch_size: int = Field(default=16, ge=1)
+    slides_per_run: int = Field(default=25, ge=1)
+    settle_seconds: float = Field(default=60.0, ge=0)
+    first_fit_slides: int = Field(default=10, ge=1)
+    tiling: TilingSettings = TilingSettings()
+    encoder: EncoderSettings = EncoderSettings()
+    clusters: ClusterSettings = ClusterSettings()
+
+    @property
+    def annotations_folder(self) -> Path:
+        """The folder of annotations, whether or not it exists."""
+        return self.annotations or self.slides / "annotations"
+
+    @property
+    def sheet_path(self) -> Path | None:
+        """The ``slides.csv`` in use, if there is one."""
+        if self.sheet is not None:
+            return self.sheet
+        beside = self.slides / "slides.csv"
+        return beside if beside.is_file() else None
+
+    @property
+    def weights_folder(self) -> Path:
+        """The folder of encoder weights, with ``~`` resolved."""
+        return self.weights.expanduser()

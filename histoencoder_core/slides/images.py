@@ -1,0 +1,83 @@
+"""Decoding images with Pillow, without letting it guess the format.
+
+HistoPrep pins Pillow below 10, whose bundled libwebp has a remote-code hole (CVE-2023-4863) that is
+reached when Pillow sniffs content. Every image is therefore decoded as one named format.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from histoencoder_core.errors import SlideError
+from histoencoder_core.store.layout import IMAGE_FORMATS
+
+MAX_PIXELS = 20_000 * 20_000
+"""Largest image decoded whole, HistoPrep's own limit."""
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Decode a JPEG, PNG or TIFF image as its suffix names it.
+
+    Args:
+        path: The image.
+
+    Returns:
+        uint8 array of shape (height, width, 3); transparent pixels are laid on white.
+
+    Raises:
+        SlideError: The suffix is none of those, or the content is damaged or of another format.
+    """
+    image_format = IMAGE_FORMATS.get(path.suffix.lower())
+    if image_format is None:
+        raise SlideError(
+            f"{path}: {path.suffix or 'no suffix'} is not an image format read here; "
+            f"use one of {', '.join(sorted(IMAGE_FORMATS))}.",
+            kind="unsupported",
+        )
+    try:
+        with warnings.catch_warnings(), Image.open(path, formats=[image_format]) as image:
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            if image.width * image.height > MAX_PIXELS:
+                raise SlideError(
+                    f"{path}: {image.width} × {image.height} pixels is more than is decoded whole; "
+                    "convert it to a tiled, pyramidal TIFF.",
+                    kind="unsupported",
+                )
+            return as_rgb(image)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise SlideError(
+            f"{path}: can't be decoded as {image_format} ({error}). The file is damaged, cut "
+            "short, or of another format than its name says; replace it.",
+            kind="unreadable",
+        ) from error
+
+
+def as_rgb(image: Image.Image) -> np.ndarray:
+    """Turn any Pillow image into uint8 (height, width, 3), transparency laid on white."""
+    if image.mode in {"RGBA", "LA", "PA"} or "transparency" in image.info:
+        return on_white(np.asarray(image.convert("RGBA")))
+    return np.asarray(image.convert("RGB"))
+
+
+def on_white(rgba: np.ndarray) -> np.ndarray:
+    """Composite straight-alpha pixels on white.
+
+    Args:
+        rgba: uint8 array of shape (height, width, 4).
+
+    Returns:
+        uint8 array of shape (height, width, 3).
+
+    Example:
+        >>> on_white(np.zeros((1, 1, 4), np.uint8)).tolist()
+        [[[255, 255, 255]]]
+    """
+    alpha = rgba[..., 3:]
+    if (alpha == 255).all():
+        return np.ascontiguousarray(rgba[..., :3])
+    weight = alpha.astype(np.uint16)
+    return ((rgba[..., :3] * weight + 255 * (255 - weight) + 127) // 255).astype(np.uint8)

@@ -1,0 +1,163 @@
+"""Opening a slide: the one module that knows HistoPrep's `SlideReader`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import cv2
+import numpy as np
+import openslide
+from histoprep import SlideReader
+
+from histoencoder_core.errors import SlideError
+from histoencoder_core.slides.backends import (
+    Backend,
+    CziBackend,
+    JpegBackend,
+    OpenSlideBackend,
+    Region,
+)
+from histoencoder_core.slides.find import suffix_of
+
+_LFS = b"version https://git-lfs"
+_STRIP_ROWS = 1024
+
+
+class Slide:
+    """An open slide. Use it in a ``with`` block.
+
+    Attributes:
+        path: The slide's file.
+        width: Width in level-0 pixels.
+        height: Height in level-0 pixels.
+        downsamples: Downsample (x, y) of each level, finest first.
+        mpp: Stated resolution (x, y) in µm/px at level 0, plausible or not; None if not stated.
+        properties: Vendor, objective power and quickhash, where stated.
+        backend: Name of the backend that reads it.
+    """
+
+    def __init__(self, path: Path, backend: type[Backend]) -> None:
+        self.path = path
+        # The backend is HistoPrep's private attribute only because it has no public name.
+        self._reader = SlideReader(path, backend=backend)
+        self._backend: Backend = self._reader._backend
+        self.height, self.width = self._reader.dimensions
+        self.downsamples = [(x, y) for y, x in self._reader.level_downsamples.values()]
+        self.mpp = self._backend.mpp
+        self.properties = self._backend.kept_properties
+        self.backend = self._reader.backend_name
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._backend.close()
+
+    @property
+    def level_sizes(self) -> list[tuple[int, int]]:
+        """(width, height) of each level in pixels, finest first."""
+        return [(w, h) for h, w in self._reader.level_dimensions.values()]
+
+    def read(self, region: Region, *, level: int = 0) -> np.ndarray:
+        """Read a region.
+
+        Args:
+            region: ``x, y, w, h`` in level-0 pixels; what lies outside of the slide is white.
+            level: Pyramid level to read from.
+
+        Returns:
+            uint8 array of shape (h, w, 3), divided by the level's downsample.
+
+        Raises:
+            SlideError: The region can't be decoded. Other regions may still be.
+        """
+        try:
+            return self._reader.read_region(region, level)
+        except (openslide.OpenSlideError, RuntimeError, ValueError) as error:
+            raise SlideError(
+                f"{self.path}: region {region} can't be read ({error}). The file is damaged: copy "
+                "it again from the scanner, or scan the slide again.",
+                kind="unreadable",
+            ) from error
+
+    def overview(self, max_dimension: int) -> np.ndarray:
+        """Read the whole slide, small.
+
+        The finest level that fits is read. Where even the coarsest does not fit, it is read strip
+        by strip and averaged down, so that memory stays bounded.
+
+        Args:
+            max_dimension: Largest width and height in pixels of the result.
+
+        Returns:
+            uint8 array of shape (height, width, 3).
+
+        Raises:
+            SlideError: It can't be decoded.
+        """
+        for level, size in enumerate(self.level_sizes):
+            if max(size) <= max_dimension:
+                return self.read((0, 0, self.width, self.height), level=level)
+        level, (width, height) = len(self.level_sizes) - 1, self.level_sizes[-1]
+        factor = math.ceil(max(width, height) / max_dimension)
+        down_y = self.downsamples[level][1]
+        rows = max(1, _STRIP_ROWS // factor) * factor
+        strips = []
+        for top in range(0, height, rows):
+            h = min(rows, height - top)
+            strip = self.read((0, round(top * down_y), self.width, round(h * down_y)), level=level)
+            small = (max(1, width // factor), max(1, h // factor))
+            strips.append(cv2.resize(strip, small, interpolation=cv2.INTER_AREA))
+        return np.concatenate(strips)
+
+
+def open_slide(path: Path) -> Slide:
+    """Open a slide with the backend that its suffix names.
+
+    Args:
+        path: Whatever OpenSlide opens, a CZI, or a JPEG.
+
+    Raises:
+        SlideError: There is no such file, its format is not read here, or it is damaged.
+    """
+    if not path.is_file():
+        raise SlideError(
+            f"{path}: is not there. Check that the folder of slides is mounted.", kind="missing"
+        )
+    if path.stat().st_size == 0:
+        raise SlideError(f"{path}: is empty. Copy it again from the scanner.", kind="unreadable")
+    with path.open("rb") as file:
+        if file.read(len(_LFS)) == _LFS:
+            raise SlideError(
+                f"{path}: is a git-LFS pointer, not the slide itself. Fetch the slide with "
+                "`git lfs pull`.",
+                kind="unreadable",
+            )
+    suffix = suffix_of(path)
+    if suffix in {".jpg", ".jpeg"}:
+        return Slide(path, JpegBackend)
+    backend: type[Backend] = CziBackend if suffix == ".czi" else OpenSlideBackend
+    try:
+        return Slide(path, backend)
+    except openslide.OpenSlideUnsupportedFormatError as error:
+        raise SlideError(
+            f"{path}: OpenSlide does not recognise it as a slide ({error}). The file is damaged, "
+            "cut short, or of an unsupported format: copy it again, or export it as a tiled TIFF.",
+            kind="unsupported",
+        ) from error
+    except SlideError:
+        raise
+    except (openslide.OpenSlideError, RuntimeError, ValueError, OSError) as error:
+        raise SlideError(
+            f"{path}: can't be opened ({error}). The file is damaged or uses a feature that the "
+            "reader lacks: copy it again, or export it as a tiled TIFF.",
+            kind="unreadable",
+        ) from error

@@ -1,0 +1,232 @@
+"""One slide's folder: what is in it, what it was made from, and how it changes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from histoencoder_core.errors import HistoEncoderError, SlideError, StoreError
+from histoencoder_core.store import files, layout
+from histoencoder_core.store.layout import Stage
+from histoencoder_core.store.stamp import Stamp, read_comment, read_stamp
+
+JPEG_QUALITY = 85
+
+
+class SlideFolder:
+    """The folder of one slide in the store.
+
+    Attributes:
+        path: The folder, which need not exist yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def slide_id(self) -> str:
+        """The slide's id: the folder's name."""
+        return self.path.name
+
+    def file(self, name: str) -> Path:
+        """The path of a file in this folder, one of the names in `layout`."""
+        return self.path / name
+
+    def record(self, stage: Stage) -> Path:
+        """The file that carries a stage's fingerprint."""
+        return self.path / layout.RECORD[stage]
+
+    def stamp(self, stage: Stage) -> Stamp | None:
+        """What a stage's output was made from; None if it is missing or foreign."""
+        return read_stamp(self.record(stage))
+
+    def is_foreign(self, stage: Stage) -> bool:
+        """Whether a stage's output is here but was made by another program."""
+        return self.record(stage).exists() and self.stamp(stage) is None
+
+    def fetch(self, stage: Stage, fingerprint: str) -> bool:
+        """Make an output current if it was ever made.
+
+        Args:
+            stage: The stage.
+            fingerprint: Of the output asked for.
+
+        Returns:
+            Whether the stage is now done: its files have the fingerprint, or had it earlier and
+            were brought back from ``versions/``.
+        """
+        current = self.stamp(stage)
+        if current is not None and current.fingerprint == fingerprint:
+            return True
+        kept = self._version(fingerprint)
+        stamp = read_stamp(kept / layout.RECORD[stage])
+        if stamp is None or stamp.fingerprint != fingerprint:
+            return False
+        self._refuse_foreign(stage)
+        self._replace(stage, kept)
+        with contextlib.suppress(OSError):
+            kept.rmdir()
+        return True
+
+    @contextlib.contextmanager
+    def writing(self, stage: Stage) -> Iterator[StageWriter]:
+        """Write a stage's files: companions into a waiting room, then all into place.
+
+        The output that was current before is kept under ``versions/<fingerprint>/``. If the block
+        raises, nothing has changed.
+
+        Raises:
+            StoreError: A file that is not ours stands in the way, or no record was written.
+        """
+        self._refuse_foreign(stage)
+        self.path.mkdir(parents=True, exist_ok=True)
+        room = files.temporary_name(self.path / stage)
+        room.mkdir()
+        try:
+            writer = StageWriter(stage, room)
+            yield writer
+            if not (room / layout.RECORD[stage]).exists():
+                raise StoreError(f"{self.record(stage)}: the stage wrote no record.")
+            self._replace(stage, room)
+            files.flush(self.path)
+        finally:
+            files.remove(room)
+        self.clear_failure(stage)
+
+    def discard(self, stage: Stage) -> None:
+        """Forget a stage's output of ours, so that it is made again."""
+        if self.stamp(stage) is not None:
+            files.remove(self.record(stage))
+
+    def versions(self) -> list[tuple[Stamp, Path]]:
+        """Outputs made with other settings, with the folders that keep them."""
+        found = []
+        for kept in sorted((self.path / layout.VERSIONS).glob("*/")):
+            stamps = [read_stamp(kept / name) for name in layout.RECORD.values()]
+            found += [(stamp, kept) for stamp in stamps if stamp is not None]
+        return found
+
+    def failures(self) -> dict[str, dict[str, Any]]:
+        """Stages that failed on this slide: ``{stage: {kind, reason, inputs}}``."""
+        try:
+            content = files.read_json(self.file(layout.FAILURES))
+        except (FileNotFoundError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    def record_failure(self, stage: Stage, error: Exception, *, inputs: Any = None) -> None:
+        """Remember why a stage failed, for ``status`` and the catalog.
+
+        Args:
+            stage: The stage that failed.
+            error: What it raised.
+            inputs: What it was given, so that the same inputs are not tried over and over.
+        """
+        kind = error.kind if isinstance(error, SlideError) else type(error).__name__
+        # An error of ours explains itself; any other needs its type to be understood.
+        known = isinstance(error, HistoEncoderError)
+        reason = str(error) if known else f"{type(error).__name__}: {error}"
+        entry = {"kind": kind, "reason": reason, "inputs": inputs}
+        files.write_json(self.file(layout.FAILURES), {**self.failures(), stage: entry})
+
+    def clear_failure(self, stage: Stage) -> None:
+        """Forget a stage's failure: it succeeded."""
+        failures = self.failures()
+        if failures.pop(stage, None) is None:
+            return
+        if failures:
+            files.write_json(self.file(layout.FAILURES), failures)
+        else:
+            files.remove(self.file(layout.FAILURES))
+
+    def _version(self, fingerprint: str) -> Path:
+        return self.path / layout.VERSIONS / fingerprint[:16]
+
+    def _replace(self, stage: Stage, source: Path) -> None:
+        """Put the files of a stage that lie in another folder into place, the record last."""
+        new = read_stamp(source / layout.RECORD[stage])
+        self._retire(stage, successor=new.fingerprint if new else None)
+        for name in layout.COMPANIONS[stage]:
+            # What is still there belongs to no record, but to a run that was killed.
+            if self.file(name).is_dir() or not (source / name).exists():
+                files.remove(self.file(name))
+            if (source / name).exists():
+                (source / name).replace(self.file(name))
+        (source / layout.RECORD[stage]).replace(self.record(stage))
+
+    def _retire(self, stage: Stage, *, successor: str | None) -> None:
+        """Keep the current output as a version, unless the next one is the same made again."""
+        stamp = self.stamp(stage)
+        if stamp is None or stage == "slides":  # a description is cheap and follows the slide
+            return
+        again = stamp.fingerprint == successor
+        kept = self._version(stamp.fingerprint)
+        if not again:
+            files.link_or_copy(self.record(stage), kept / layout.RECORD[stage])
+        if layout.TILES in layout.COMPANIONS[stage] and self.file(layout.TILES).exists():
+            # A folder can't be replaced in one step together with its table: drop the table first.
+            files.remove(self.record(stage))
+        for name in layout.COMPANIONS[stage]:
+            if not again and _print_of(self.file(name)) == stamp.fingerprint:
+                files.remove(kept / name)
+                self.file(name).replace(kept / name)
+
+    def _refuse_foreign(self, stage: Stage) -> None:
+        names = (layout.RECORD[stage], *layout.COMPANIONS[stage])
+        for name in names:
+            path = self.file(name)
+            if path.exists() and not self._is_ours(path):
+                raise StoreError(
+                    f"{path}: was not written by this program, so it is left alone and the "
+                    f"{stage} of {self.slide_id} can't be written. Move it away, or choose "
+                    "another store."
+                )
+
+    def _is_ours(self, path: Path) -> bool:
+        if path.is_dir():
+            return not any(path.iterdir()) or _print_of(path) is not None
+        if path.suffix == ".jpeg":
+            return _print_of(path) is not None
+        return read_stamp(path) is not None
+
+
+def _print_of(path: Path) -> str | None:
+    """The fingerprint in a picture, or in the first one of a folder; None if it is not ours."""
+    if path.is_dir():
+        path = min(path.iterdir(), default=path)
+    return read_comment(path)
+
+
+class StageWriter:
+    """Writes one stage's files into a waiting room inside the slide's folder."""
+
+    def __init__(self, stage: Stage, room: Path) -> None:
+        self._stage = stage
+        self._room = room
+
+    def table(self, table: pa.Table, stamp: Stamp) -> None:
+        """Write the stage's record as a parquet file."""
+        path = self._room / layout.RECORD[self._stage]
+        pq.write_table(stamp.on_table(table), path, compression="zstd")
+        files.flush(path)
+
+    def json(self, content: dict[str, Any], stamp: Stamp) -> None:
+        """Write the stage's record as a JSON file."""
+        files.write_json(self._room / layout.RECORD[self._stage], stamp.in_json(content))
+
+    def image(self, name: str, pixels: np.ndarray, stamp: Stamp) -> None:
+        """Write an uint8 array of shape (height, width[, 3]) as a stamped JPEG."""
+        path = self._room / name
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(
+            path, format="JPEG", quality=JPEG_QUALITY, comment=stamp.comment()
+        )
+        if path.parent == self._room:
+            files.flush(path)

@@ -1,0 +1,59 @@
+"""Names of files and folders, and which stage owns them."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+Stage = Literal["slides", "tiles", "features", "clusters", "labels"]
+
+STAGES: tuple[Stage, ...] = ("slides", "tiles", "features", "clusters", "labels")
+
+PROPERTIES = "properties.json"
+METADATA = "metadata.parquet"
+FEATURES = "features.parquet"
+CLUSTERS = "clusters.parquet"
+LABELS = "labels.parquet"
+THUMBNAIL = "thumbnail.jpeg"
+THUMBNAIL_TISSUE = "thumbnail_tissue.jpeg"
+THUMBNAIL_TILES = "thumbnail_tiles.jpeg"
+THUMBNAIL_CLUSTERS = "thumbnail_clusters.jpeg"
+TILES = "tiles"
+VERSIONS = "versions"
+FAILURES = "failures.json"
+TILES_CSV = "tiles.csv"
+
+COHORT = "_cohort"
+
+RECORD: dict[Stage, str] = {
+    "slides": PROPERTIES,
+    "tiles": METADATA,
+    "features": FEATURES,
+    "clusters": CLUSTERS,
+    "labels": LABELS,
+}
+"""The file of a stage that carries its fingerprint and is put in place last."""
+
+COMPANIONS: dict[Stage, tuple[str, ...]] = {
+    "slides": (THUMBNAIL,),
+    "tiles": (THUMBNAIL_TISSUE, THUMBNAIL_TILES, TILES),
+    "features": (),
+    "clusters": (THUMBNAIL_CLUSTERS,),
+    "labels": (),
+}
+"""What else a stage owns."""
+
+SLIDE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+
+IMAGE_FORMATS = {".jpeg": "JPEG", ".jpg": "JPEG", ".png": "PNG", ".tif": "TIFF", ".tiff": "TIFF"}
+"""Suffixes of tile images and the one format each is decoded as."""
+
+
+def is_slide_id(name: str) -> bool:
+    """Whether a name may be a slide's id, and so a folder's and a partition's name.
+
+    Example:
+        >>> is_slide_id("CMU-1"), is_slide_id("_cohort"), is_slide_id("a..b")
+        (True, False, False)
+    """
+    return SLIDE_ID.fullmatch(name) is not None and ".." not in name

@@ -1,0 +1,103 @@
+"""The store's root: its slides and the cohort's files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from histoencoder_core.errors import StoreError
+from histoencoder_core.store import files, layout
+from histoencoder_core.store.folder import SlideFolder
+from histoencoder_core.store.layout import Stage
+
+
+class Store:
+    """A folder with one sub-folder a slide, and one for the cohort.
+
+    Attributes:
+        root: The folder.
+    """
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root)
+
+    def slide(self, slide_id: str) -> SlideFolder:
+        """The folder of a slide.
+
+        Raises:
+            StoreError: The id could lead out of the store.
+        """
+        if not layout.is_slide_id(slide_id):
+            raise StoreError(
+                f"{slide_id!r} can't be a slide's id: use letters, digits, '.', '_' and '-', "
+                "beginning with a letter or digit, at most 200."
+            )
+        return SlideFolder(self.root / slide_id)
+
+    def slide_ids(self) -> list[str]:
+        """Ids of all slides that have a folder, sorted."""
+        if not self.root.is_dir():
+            return []
+        return sorted(
+            entry.name
+            for entry in self.root.iterdir()
+            if entry.is_dir() and layout.is_slide_id(entry.name)
+        )
+
+    @property
+    def cohort(self) -> Path:
+        """The folder of the cohort's files."""
+        return self.root / layout.COHORT
+
+    @property
+    def register_path(self) -> Path:
+        """The register of slide ids."""
+        return self.cohort / "register.json"
+
+    @property
+    def catalog_path(self) -> Path:
+        """The published DuckDB catalog."""
+        return self.cohort / "catalog.duckdb"
+
+    @property
+    def cluster_models(self) -> Path:
+        """The folder of cluster models, one file a version."""
+        return self.cohort / "cluster_models"
+
+    @property
+    def tiles_csv(self) -> Path:
+        """The optional table of tile images: ``path, slide, x, y, label``."""
+        return self.root / layout.TILES_CSV
+
+    def prune(
+        self, *, slides: list[str], stages: list[Stage] | None = None, dry_run: bool = False
+    ) -> list[tuple[Path, int]]:
+        """Remove outputs made with other settings than the current ones.
+
+        Args:
+            slides: Ids of the slides.
+            stages: Only these stages' outputs; all if None.
+            dry_run: Only tell what would be removed.
+
+        Returns:
+            The removed files and folders with their sizes in bytes.
+        """
+        removed = []
+        for slide_id in slides:
+            for stamp, kept in self.slide(slide_id).versions():
+                stage = next(s for s in layout.STAGES if s == stamp.stage)
+                if stages is not None and stage not in stages:
+                    continue
+                for name in (layout.RECORD[stage], *layout.COMPANIONS[stage]):
+                    if (kept / name).exists():
+                        removed.append((kept / name, _size(kept / name)))
+                        if not dry_run:
+                            files.remove(kept / name)
+                if not dry_run and not any(kept.iterdir()):
+                    kept.rmdir()
+        return removed
+
+
+def _size(path: Path) -> int:
+    if path.is_dir():
+        return sum(entry.stat().st_size for entry in path.rglob("*") if entry.is_file())
+    return path.stat().st_size

@@ -1,0 +1,213 @@
+"""Cutting a slide into tiles: ``metadata.parquet``, its pictures, and tile images if asked for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pyarrow as pa
+
+from histoencoder_core.errors import SlideError
+from histoencoder_core.settings import TilingSettings
+from histoencoder_core.slides import Description, Slide, open_slide, read_description
+from histoencoder_core.slides.backends import pad_white
+from histoencoder_core.slides.describe import THUMBNAIL_DIMENSION
+from histoencoder_core.store import SlideFolder, Stamp, layout
+from histoencoder_core.store.folder import StageWriter
+from histoencoder_core.store.tables import key_table, tile_name
+from histoencoder_core.tiles.grid import Grid, lay_grid, plan_grid
+from histoencoder_core.tiles.quality import METRICS, metrics_table, tile_metrics
+from histoencoder_core.tiles.tissue import Tissue, find_tissue
+
+ALGORITHM = 1
+
+_RED, _BLUE = (214, 39, 40), (31, 119, 180)
+
+
+def tiles_stamp(slide: Description, settings: TilingSettings) -> Stamp:
+    """The stamp that the slide's tiles carry if they are cut as asked."""
+    made_from = {
+        "slide": slide.content,
+        "mpp": [slide.mpp_x, slide.mpp_y],
+        "tiling": settings.model_dump(mode="json", exclude_defaults=True),
+    }
+    return Stamp.of("tiles", algorithm=ALGORITHM, made_from=made_from)
+
+
+def cut_tiles(
+    folder: SlideFolder,
+    settings: TilingSettings,
+    *,
+    save_images: bool = False,
+    num_workers: int = 2,
+) -> Stamp:
+    """Find a slide's tissue and its tiles, unless that is done already.
+
+    A slide without tissue is a result with zero rows and a reason in the stamp.
+
+    Args:
+        folder: A slide's folder with its description.
+        settings: What tiles are asked for.
+        save_images: Also write each tile as a JPEG into ``tiles/``.
+        num_workers: Threads that read and write tile images.
+
+    Returns:
+        The stamp of ``metadata.parquet``.
+
+    Raises:
+        SlideError: The slide can't be read or the request can't be met. The failure is recorded.
+        StoreError: Another program's files stand in the way.
+    """
+    slide = read_description(folder)
+    if slide is None:
+        raise SlideError(
+            f"{folder.path}: holds no description of a slide by this program; run `histoencoder "
+            "tile` on the slide first.",
+            kind="missing",
+        )
+    stamp = tiles_stamp(slide, settings)
+    if folder.fetch("tiles", stamp.fingerprint):
+        done = folder.stamp("tiles") or stamp
+        images_due = save_images and not folder.file(layout.TILES).is_dir()
+        if not images_due or done.result.get("tiles") == 0:
+            folder.clear_failure("tiles")
+            return done
+    try:
+        return _cut(folder, slide, settings, stamp, save_images, num_workers)
+    except Exception as error:
+        folder.record_failure("tiles", error, inputs=stamp.fingerprint)
+        raise
+
+
+def _cut(
+    folder: SlideFolder,
+    slide: Description,
+    settings: TilingSettings,
+    stamp: Stamp,
+    save_images: bool,  # noqa: FBT001 - private
+    num_workers: int,
+) -> Stamp:
+    started = time.perf_counter()
+    grid = plan_grid(slide, settings)
+    path = Path(slide.path)
+    with open_slide(path) as opened, folder.writing("tiles") as writer:
+        overview = opened.overview(settings.max_dimension)
+        tissue = find_tissue(overview, settings, path=path)
+        places, background = lay_grid(
+            slide,
+            grid,
+            tissue.mask,
+            max_background=settings.max_background,
+            in_bounds=settings.in_bounds,
+        )
+        if settings.metrics == "tile":
+            pixels = (opened.read(tuple(place), level=grid.level) for place in places.tolist())
+            metrics = [_measure(tile, tissue, settings) for tile in pixels]
+        else:
+            metrics = [_measure(tile, tissue, settings) for tile in _crops(overview, places, slide)]
+        seconds = time.perf_counter() - started
+        stamp = stamp.with_result(
+            tiles=len(places),
+            reason=_why_empty(tissue, len(places)),
+            threshold=tissue.threshold,
+            tissue_share=round(float(tissue.mask.mean()), 4),
+            level=grid.level,
+            mpp=grid.mpp and grid.mpp[0],
+            tile_images=save_images,
+            settings=settings.model_dump(mode="json"),
+            seconds=round(seconds, 3),
+        )
+        _draw(writer, overview, tissue, places, slide, stamp)
+        if save_images:
+            _save_images(writer, opened, grid, places, stamp, num_workers)
+        writer.table(_table(grid, places, background, metrics), stamp)
+    return stamp.just_made()
+
+
+def _table(
+    grid: Grid, places: np.ndarray, background: np.ndarray, metrics: list[dict[str, float]]
+) -> pa.Table:
+    listed = [tuple(place) for place in places.tolist()]
+    table = key_table([tile_name(*place) for place in listed], listed)
+    count = len(listed)
+    mpp = [None, None] if grid.mpp is None else list(grid.mpp)
+    table = table.append_column("level", pa.array([grid.level] * count, pa.int32()))
+    table = table.append_column("mpp_x", pa.array([mpp[0]] * count, pa.float64()))
+    table = table.append_column("mpp_y", pa.array([mpp[1]] * count, pa.float64()))
+    table = table.append_column("background", pa.array(background))
+    measured = metrics_table(metrics)
+    for name in METRICS:
+        table = table.append_column(name, measured.column(name))
+    return table
+
+
+def _crops(overview: np.ndarray, places: np.ndarray, slide: Description) -> Iterator[np.ndarray]:
+    """Each tile's part of the overview; what lies outside of the slide is white."""
+    down_x, down_y = slide.width / overview.shape[1], slide.height / overview.shape[0]
+    for x, y, w, h in places.tolist():
+        left, top = round(x / down_x), round(y / down_y)
+        width, height = max(1, round(w / down_x)), max(1, round(h / down_y))
+        yield pad_white(overview[top : top + height, left : left + width], (height, width))
+
+
+def _measure(tile: np.ndarray, tissue: Tissue, settings: TilingSettings) -> dict[str, float]:
+    grey = cv2.cvtColor(tile, cv2.COLOR_RGB2GRAY)
+    if settings.background == "dark":
+        grey = 255 - grey
+    return tile_metrics(tile, (grey <= (tissue.threshold or 0)).astype(np.uint8))
+
+
+def _why_empty(tissue: Tissue, tiles: int) -> str | None:
+    if tiles:
+        return None
+    if not tissue.mask.any():
+        return "no tissue was found"
+    share = 100 * float(tissue.mask.mean())
+    return f"{share:.1f} % of the slide is tissue, but no tile holds enough of it"
+
+
+def _draw(
+    writer: StageWriter,
+    overview: np.ndarray,
+    tissue: Tissue,
+    places: np.ndarray,
+    slide: Description,
+    stamp: Stamp,
+) -> None:
+    scale = min(1.0, THUMBNAIL_DIMENSION / max(overview.shape[:2]))
+    size = (max(1, round(overview.shape[1] * scale)), max(1, round(overview.shape[0] * scale)))
+    mask = cv2.resize(255 - 255 * tissue.mask, size, interpolation=cv2.INTER_AREA)
+    writer.image(layout.THUMBNAIL_TISSUE, mask, stamp)
+    canvas = cv2.resize(overview, size, interpolation=cv2.INTER_AREA)
+    per_x, per_y = size[0] / slide.width, size[1] / slide.height
+    # The first tile is drawn last and in another colour: it shows a tile's size among overlaps.
+    for i in range(len(places) - 1, -1, -1):
+        x, y, w, h = places[i]
+        corners = [(round(x * per_x), round(y * per_y))]
+        corners.append((round((x + w) * per_x) - 1, round((y + h) * per_y) - 1))
+        cv2.rectangle(canvas, *corners, _RED if i else _BLUE, 1 if i else 2)
+    writer.image(layout.THUMBNAIL_TILES, canvas, stamp)
+
+
+def _save_images(
+    writer: StageWriter,
+    slide: Slide,
+    grid: Grid,
+    places: np.ndarray,
+    stamp: Stamp,
+    num_workers: int,
+) -> None:
+    def save(place: list[int]) -> None:
+        pixels = slide.read(tuple(place), level=grid.level)  # type: ignore[arg-type]
+        if pixels.shape[1::-1] != grid.image_size:
+            pixels = cv2.resize(pixels, grid.image_size, interpolation=cv2.INTER_AREA)
+        x, y, w, h = place
+        writer.image(f"{layout.TILES}/{tile_name(x, y, w, h)}.jpeg", pixels, stamp)
+
+    with ThreadPoolExecutor(max(1, num_workers)) as pool:
+        for _ in pool.map(save, places.tolist()):
+            pass

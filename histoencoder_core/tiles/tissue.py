@@ -1,0 +1,87 @@
+"""Finding tissue on an overview of a slide."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import histoprep.functional as histoprep
+import numpy as np
+
+from histoencoder_core.errors import SlideError
+from histoencoder_core.settings import TilingSettings
+
+DARK_GREY = 32
+"""A slide of which more than half is darker than this grey value has a dark background."""
+
+MIN_CONTRAST = 10.0
+"""Grey values that the sides of Otsu's threshold must differ by; less is noise of empty glass."""
+
+
+@dataclass(frozen=True)
+class Tissue:
+    """Where tissue is.
+
+    Attributes:
+        mask: uint8 array of shape (height, width), 1 for tissue, 0 for background.
+        threshold: The grey value in [0, 255] that parts them; None if there is no tissue to part.
+    """
+
+    mask: np.ndarray
+    threshold: int | None
+
+
+def find_tissue(overview: np.ndarray, settings: TilingSettings, *, path: Path) -> Tissue:
+    """Find tissue by HistoPrep's method: blur, Otsu's threshold times a factor.
+
+    Otsu's method parts any image in two, even empty glass; parts that hardly differ are no tissue.
+
+    Args:
+        overview: uint8 array of shape (height, width, 3).
+        settings: ``threshold``, ``multiplier``, ``sigma`` and ``background`` are used.
+        path: The slide's file, for messages.
+
+    Returns:
+        The mask and its threshold.
+
+    Raises:
+        SlideError: The background is dark where a bright one was expected, or the other way round.
+    """
+    grey = cv2.cvtColor(overview, cv2.COLOR_RGB2GRAY)
+    dark = float(np.median(grey)) < DARK_GREY
+    if dark and settings.background == "bright":
+        raise SlideError(
+            f"{path}: its background is dark (half of it is darker than grey value {DARK_GREY}), "
+            "as in fluorescence; finding tissue as on a brightfield slide would take background "
+            "for tissue. If that is what the slide is, ask for it with background = dark.",
+            kind="dark-background",
+        )
+    if settings.background == "dark":
+        if not dark:
+            raise SlideError(
+                f"{path}: its background is bright, but dark was asked for. Leave out background = "
+                "dark for this slide.",
+                kind="dark-background",
+            )
+        grey = 255 - grey
+    if settings.threshold is None and not _has_contrast(grey, settings.sigma):
+        return Tissue(np.zeros_like(grey), None)
+    threshold, mask = histoprep.get_tissue_mask(
+        image=grey,
+        threshold=settings.threshold,
+        multiplier=settings.multiplier,
+        sigma=settings.sigma,
+    )
+    return Tissue(mask, threshold)
+
+
+def _has_contrast(grey: np.ndarray, sigma: float) -> bool:
+    """Whether Otsu's own threshold, without a factor, parts two things that differ."""
+    if not ((grey > 0) & (grey < 255)).any():  # HistoPrep's Otsu leaves out black and white
+        return False
+    _, mask = histoprep.get_tissue_mask(image=grey, multiplier=1.0, sigma=sigma)
+    if mask.all() or not mask.any():
+        return False
+    lighter, darker = cv2.mean(grey, 1 - mask)[0], cv2.mean(grey, mask)[0]
+    return bool(lighter - darker >= MIN_CONTRAST)

@@ -1,0 +1,62 @@
+"""Features: tiles through an encoder, on a GPU where there is one."""
+
+from typing import Any
+
+import dagster as dg
+
+from histoencoder_core.errors import SlideError
+from histoencoder_core.features import extract_slide
+from histoencoder_core.tiles import tile_source
+from histoencoder_dagster.assets.tiles import tiles
+from histoencoder_dagster.automation import AFTER_ITS_INPUTS
+from histoencoder_dagster.batches import Metadata, each_slide
+from histoencoder_dagster.metadata import result_metadata
+from histoencoder_dagster.partitions import slide_partitions
+from histoencoder_dagster.resources import Platform
+
+GPU_TAGS: dict[str, Any] = {
+    "dagster-k8s/config": {
+        "container_config": {
+            "resources": {
+                "requests": {"cpu": "4", "memory": "16Gi"},
+                "limits": {"nvidia.com/gpu": "1"},
+            },
+            "volume_mounts": [{"name": "dshm", "mount_path": "/dev/shm"}],  # noqa: S108
+        },
+        "pod_spec_config": {
+            "tolerations": [
+                {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
+            ],
+            "volumes": [{"name": "dshm", "empty_dir": {"medium": "Memory"}}],
+        },
+    },
+    "dagster-celery/queue": "gpu",
+    "dagster-ray/config": {"num_gpus": 1, "num_cpus": 4},
+}
+"""One GPU, in the words of each engine that may run the step."""
+
+
+@dg.asset(
+    partitions_def=slide_partitions,
+    deps=[tiles],
+    group_name="slide",
+    kinds={"pytorch", "parquet"},
+    automation_condition=AFTER_ITS_INPUTS,
+    op_tags=GPU_TAGS,
+    pool="gpu",
+)
+def features(context: dg.AssetExecutionContext, platform: dg.ResourceParam[Platform]) -> None:
+    """A feature vector for each tile, by the deployment's encoder."""
+    store = platform.store
+    encoder = platform.encoder()
+
+    def extract(slide_id: str) -> Metadata:
+        folder = store.slide(slide_id)
+        source = tile_source(store, slide_id)
+        if source is None:
+            raise SlideError(f"{folder.path}: has no tiles; run the asset 'tiles'.", kind="missing")
+        batch_size = platform.settings.batch_size
+        stamp = extract_slide(folder, source, encoder, batch_size=batch_size)
+        return result_metadata(folder, stamp)
+
+    each_slide(context, extract)

@@ -1,0 +1,76 @@
+"""Running one stage on the slides of a run, so that a bad slide fails alone."""
+
+from collections.abc import Callable
+from typing import Any
+
+import dagster as dg
+from dagster._core.definitions.data_version import (
+    CODE_VERSION_TAG,
+    extract_data_version_from_entry,
+    get_input_data_version_tag,
+    get_input_event_pointer_tag,
+)
+
+from histoencoder_core.errors import HistoEncoderError
+
+Metadata = dict[str, Any]
+
+
+def each_slide(context: dg.AssetExecutionContext, work: Callable[[str], Metadata]) -> None:
+    """Run a stage on every slide of this run; the good ones are recorded when some fail.
+
+    Dagster records none of a ranged run's partitions if the step raises or is cancelled, so those
+    that went well are then recorded one by one. What was computed is in the store either way.
+
+    Args:
+        context: Of the asset.
+        work: Runs the stage on a slide and gives the metadata to show.
+
+    Raises:
+        dagster.Failure: Some slides failed; it names each with its reason. It is not retried: the
+            same slide would fail in the same way.
+    """
+    provenance = _provenance(context)
+    good: dict[str, Metadata] = {}
+    bad: dict[str, str] = {}
+    finished = False
+    try:
+        for slide_id in context.partition_keys:
+            try:
+                good[slide_id] = work(slide_id)
+            except HistoEncoderError as error:
+                context.log.error(f"{slide_id} failed: {error}")  # noqa: TRY400 - explains itself
+                bad[slide_id] = str(error)
+            except Exception as error:
+                context.log.exception(f"{slide_id} failed")
+                bad[slide_id] = f"{type(error).__name__}: {error}"
+        finished = not bad
+    finally:
+        if not finished:
+            for slide_id, metadata in good.items():
+                event = dg.AssetMaterialization(
+                    context.asset_key, partition=slide_id, metadata=metadata, tags=provenance
+                )
+                context.log_event(event)
+    if bad:
+        told = "; ".join(f"{slide_id}: {reason}" for slide_id, reason in bad.items())
+        raise dg.Failure(
+            f"{len(bad)} of {len(bad) + len(good)} slides failed. {told}",
+            metadata={"failed": dg.MetadataValue.json(bad)},
+            allow_retries=False,
+        )
+    for slide_id, metadata in good.items():
+        context.add_asset_metadata(metadata, partition_key=slide_id)
+
+
+def _provenance(context: dg.AssetExecutionContext) -> dict[str, str]:
+    """The tags by which Dagster tells what is out of date, as on the events it writes itself."""
+    spec = context.assets_def.get_asset_spec(context.asset_key)
+    tags = {CODE_VERSION_TAG: spec.code_version or context.run_id}
+    for dep in spec.deps:
+        record = context.instance.get_latest_data_version_record(dep.asset_key)
+        if record is not None:
+            version = extract_data_version_from_entry(record.event_log_entry)
+            tags[get_input_data_version_tag(dep.asset_key)] = version.value if version else ""
+            tags[get_input_event_pointer_tag(dep.asset_key)] = str(record.storage_id)
+    return tags

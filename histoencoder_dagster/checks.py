@@ -1,0 +1,132 @@
+"""Checks over the whole cohort, each listing the slides at fault.
+
+A check on a partitioned asset keeps one result, not one a slide, so each looks at all slides. A
+slide whose files can't be read is at fault too.
+"""
+
+from collections.abc import Callable
+
+import dagster as dg
+import numpy as np
+import pyarrow as pa
+
+from histoencoder_core.errors import HistoEncoderError
+from histoencoder_core.store import SlideFolder, Store
+from histoencoder_core.store.tables import cluster_columns, iter_features, read_keys, read_table
+from histoencoder_core.tiles import tile_source
+from histoencoder_dagster.assets import clusters, features, tiles
+from histoencoder_dagster.automation import AFTER_ANY_SLIDE
+from histoencoder_dagster.resources import Platform
+
+_FINE = ""
+
+_Judge = Callable[[SlideFolder], str | None]
+"""Says what is wrong with a slide: nothing if ``""``; None if there is nothing to judge yet."""
+
+
+@dg.asset_check(asset=tiles, automation_condition=AFTER_ANY_SLIDE)
+def tissue_found(platform: dg.ResourceParam[Platform]) -> dg.AssetCheckResult:
+    """Every slide has tiles with tissue; one without is a result, but worth a look."""
+
+    def judge(folder: SlideFolder) -> str | None:
+        stamp = folder.stamp("tiles")
+        if stamp is None:
+            return None
+        return _FINE if stamp.result["tiles"] else str(stamp.result["reason"])
+
+    return _over_slides(platform.store, judge, severity=dg.AssetCheckSeverity.WARN)
+
+
+@dg.asset_check(asset=features, automation_condition=AFTER_ANY_SLIDE)
+def features_finite(platform: dg.ResourceParam[Platform]) -> dg.AssetCheckResult:
+    """No feature is NaN or infinite, but those of tiles known to be unreadable."""
+
+    def judge(folder: SlideFolder) -> str | None:
+        path = folder.record("features")
+        if not path.exists():
+            return None
+        known = _unreadable(folder)
+        rows = sum(int((~np.isfinite(part).all(axis=1)).sum()) for part in iter_features(path))
+        if rows == known:
+            return _FINE
+        return f"{rows} tiles without finite features, {known} expected"
+
+    return _over_slides(platform.store, judge)
+
+
+@dg.asset_check(asset=features, automation_condition=AFTER_ANY_SLIDE)
+def feature_rows_equal_tile_rows(platform: dg.ResourceParam[Platform]) -> dg.AssetCheckResult:
+    """Every tile has its row of features, and no row is without a tile."""
+    store = platform.store
+
+    def judge(folder: SlideFolder) -> str | None:
+        source = tile_source(store, folder.slide_id)
+        if source is None or not folder.record("features").exists():
+            return None
+        expected = source.keys.column("tile")
+        found = read_keys(folder.record("features")).column("tile")
+        if found.equals(expected):
+            return _FINE
+        return f"{len(found)} rows of features for {len(expected)} tiles, or in another order"
+
+    return _over_slides(store, judge)
+
+
+@dg.asset_check(asset=clusters, automation_condition=AFTER_ANY_SLIDE)
+def clusters_cover_every_tile(platform: dg.ResourceParam[Platform]) -> dg.AssetCheckResult:
+    """Every tile with features is in one cluster of every K."""
+
+    def judge(folder: SlideFolder) -> str | None:
+        if not folder.record("clusters").exists():
+            return None
+        tables = [read_keys(folder.record(stage)) for stage in ("features", "clusters")]
+        if not tables[0].column("tile").equals(tables[1].column("tile")):
+            return "its tiles are not those of its features"
+        assigned = read_table(folder.record("clusters"))
+        counts = {
+            k: assigned.column(name).null_count
+            for k, name in cluster_columns(assigned.schema).items()
+        }
+        known = _unreadable(folder)
+        told = [f"{n} for K = {k}" for k, n in counts.items() if n != known]
+        return f"tiles in no cluster: {', '.join(told)}; {known} expected" if told else _FINE
+
+    return _over_slides(platform.store, judge)
+
+
+ALL_CHECKS = (
+    tissue_found,
+    features_finite,
+    feature_rows_equal_tile_rows,
+    clusters_cover_every_tile,
+)
+
+
+def _unreadable(folder: SlideFolder) -> int:
+    """Number of tiles that are known to have no features."""
+    stamp = folder.stamp("features")
+    return 0 if stamp is None else int(stamp.result["unreadable"])
+
+
+def _over_slides(
+    store: Store,
+    judge: _Judge,
+    *,
+    severity: dg.AssetCheckSeverity = dg.AssetCheckSeverity.ERROR,
+) -> dg.AssetCheckResult:
+    judged: dict[str, str] = {}
+    for slide_id in store.slide_ids():
+        try:
+            verdict = judge(store.slide(slide_id))
+        except (HistoEncoderError, pa.ArrowException, OSError) as error:
+            verdict = str(error)
+        if verdict is not None:
+            judged[slide_id] = verdict
+    bad = {slide_id: verdict for slide_id, verdict in judged.items() if verdict}
+    listed = "\n".join(f"- **{slide}**: {reason}" for slide, reason in sorted(bad.items()))
+    return dg.AssetCheckResult(
+        passed=not bad,
+        severity=severity,
+        description=f"{len(bad)} of {len(judged)} slides are at fault",
+        metadata={"slides": len(judged), "at_fault": dg.MetadataValue.md(listed or "none")},
+    )

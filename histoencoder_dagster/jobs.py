@@ -1,0 +1,31 @@
+"""What a person or a sensor may ask for by name."""
+
+import dagster as dg
+
+from histoencoder_dagster.assets import catalog, cluster_model, cluster_purity, labels, slides
+
+describe_slides = dg.define_asset_job(
+    "describe_slides",
+    selection=dg.AssetSelection.assets(slides).without_checks(),
+    description="Open newly scanned slides. The stages after it follow by themselves.",
+)
+
+label_slides = dg.define_asset_job(
+    "label_slides",
+    selection=dg.AssetSelection.assets(labels).without_checks(),
+    description="Turn new annotations into labels of tiles.",
+)
+
+fit_clusters = dg.define_asset_job(
+    "fit_clusters",
+    selection=dg.AssetSelection.assets(cluster_model).without_checks(),
+    description="Fit a new cluster model over all slides. Their clusters are assigned anew.",
+)
+
+refresh_catalog = dg.define_asset_job(
+    "refresh_catalog",
+    selection=dg.AssetSelection.assets(catalog, cluster_purity).without_checks(),
+    description="Rebuild the DuckDB catalog now.",
+)
+
+ALL_JOBS = (describe_slides, label_slides, fit_clusters, refresh_catalog)

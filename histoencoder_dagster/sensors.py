@@ -1,0 +1,297 @@
+"""Watching for what comes from outside: slides, annotations, and enough slides for a first model.
+
+What is owed is worked out from the store, from what Dagster recorded, and from the runs under way,
+not from a cursor alone: Dagster adds partitions before it creates runs, so that a crash between the
+two must not lose a slide, and losing the cursor must not compute an archive anew. Everything after
+a slide's arrival follows by automation conditions on the assets.
+"""
+
+import json
+import time
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import dagster as dg
+from dagster import DagsterRunStatus, RunsFilter
+
+from histoencoder_core.clusters import current_model
+from histoencoder_core.errors import HistoEncoderError, SettingsError
+from histoencoder_core.labels import find_annotations
+from histoencoder_core.settings import fingerprint
+from histoencoder_core.slides.content import signature
+from histoencoder_core.slides.describe import seen_signature
+from histoencoder_core.store import Store
+from histoencoder_core.tiles import find_sources, tile_source
+from histoencoder_dagster.assets import cluster_model, slides
+from histoencoder_dagster.jobs import describe_slides, fit_clusters, label_slides
+from histoencoder_dagster.partitions import SLIDES, slide_partitions
+from histoencoder_dagster.resources import Platform
+
+RANGE_START = "dagster/asset_partition_range_start"
+RANGE_END = "dagster/asset_partition_range_end"
+PARTITION = "dagster/partition"
+
+_UNFINISHED = [
+    DagsterRunStatus.QUEUED,
+    DagsterRunStatus.NOT_STARTED,
+    DagsterRunStatus.STARTING,
+    DagsterRunStatus.STARTED,
+    DagsterRunStatus.CANCELING,
+]
+
+RETRY_SECONDS = 300.0
+"""A slide whose run ended without a word on it is asked for again after this time, then 4 times
+as long, and so on."""
+
+RETRY_SECONDS_LIMIT = 86400.0
+
+_Seen = tuple[str, int, int]
+"""Path, size and time of a slide's file."""
+
+
+@dataclass(frozen=True)
+class _Owed:
+    """A slide to describe.
+
+    Attributes:
+        seen: Its file, as it is now.
+        settled: Whether it is the same as a tick ago, and old enough.
+        requests: How often this very file was asked for.
+        not_before: When it may be asked for again.
+    """
+
+    seen: _Seen
+    settled: bool
+    requests: int
+    not_before: float
+
+    def requested(self, now: float) -> "_Owed":
+        """The same after it was asked for."""
+        wait = min(RETRY_SECONDS * 4**self.requests, RETRY_SECONDS_LIMIT)
+        return replace(self, requests=self.requests + 1, not_before=now + wait)
+
+
+@dg.sensor(
+    job=describe_slides,
+    minimum_interval_seconds=15,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+)
+def new_slides(
+    context: dg.SensorEvaluationContext, platform: dg.ResourceParam[Platform]
+) -> dg.SensorResult | dg.SkipReason:
+    """Turn newly scanned slides into partitions, and describe them in batches.
+
+    A slide is owed until its file of this size and time was described, and Dagster recorded that,
+    or failed to be. It is asked for once it stood still over two ticks and the settle time. If its
+    run was killed it is asked for again later, alone: it may be what killed the run. The cursor
+    holds only what is owed.
+    """
+    settings, instance = platform.settings, context.instance
+    if not settings.slides.is_dir():
+        return dg.SkipReason(f"the folder of slides {settings.slides} is not there")
+    try:
+        platform.sheet()
+    except SettingsError as error:  # each slide would fail, and not be asked for again
+        return dg.SkipReason(str(error))
+    now = time.time()
+    order = instance.get_dynamic_partitions(SLIDES)
+    recorded = instance.get_materialized_partitions(slides.key)
+    owed = _owed(platform, context.cursor, recorded=recorded, now=now)
+    under_way = _partitions_under_way(instance, describe_slides.name, order)
+    ready = [
+        slide_id
+        for slide_id, slide in owed.items()
+        if slide.settled and slide.not_before <= now and slide_id not in under_way
+    ]
+    new = [slide_id for slide_id in ready if slide_id not in set(order)]
+    first = [slide_id for slide_id in ready if not owed[slide_id].requests]
+    batches = contiguous_batches(first, [*order, *new], size=settings.slides_per_run)
+    batches += [[slide_id] for slide_id in ready if owed[slide_id].requests]
+    owed |= {slide_id: owed[slide_id].requested(now) for slide_id in ready}
+    cursor = json.dumps({s: [*it.seen, it.requests, it.not_before] for s, it in owed.items()})
+    if not ready:
+        context.update_cursor(cursor)
+        return dg.SkipReason(f"no new slides; {len(owed)} settling, under way or to be tried again")
+    return dg.SensorResult(
+        dynamic_partitions_requests=[slide_partitions.build_add_request(new)] if new else [],
+        run_requests=[_request(batch) for batch in batches],
+        cursor=cursor,
+    )
+
+
+@dg.sensor(
+    job=label_slides,
+    minimum_interval_seconds=15,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+)
+def new_annotations(
+    context: dg.SensorEvaluationContext, platform: dg.ResourceParam[Platform]
+) -> dg.SensorResult | dg.SkipReason:
+    """Label the slides whose annotations, or whose tiles, changed since they were last labelled."""
+    store, settings = platform.store, platform.settings
+    order = context.instance.get_dynamic_partitions(SLIDES)
+    try:
+        annotated = find_annotations(store, settings.annotations_folder, order)
+    except HistoEncoderError as error:
+        return dg.SkipReason(str(error))
+    before: dict[str, str] = json.loads(context.cursor) if context.cursor else {}
+    said = {slide_id: _said(store, slide_id, paths) for slide_id, paths in annotated.items()}
+    now = {slide_id: print_ for slide_id, print_ in said.items() if print_ is not None}
+    changed = {slide_id: it for slide_id, it in now.items() if before.get(slide_id) != it}
+    if not changed:
+        return dg.SkipReason("no new annotations")
+    batches = contiguous_batches(changed, order, size=settings.slides_per_run)
+    return dg.SensorResult(
+        run_requests=[_request(batch) for batch in batches],
+        cursor=json.dumps(now),
+    )
+
+
+@dg.sensor(
+    job=fit_clusters,
+    minimum_interval_seconds=15,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+)
+def first_cluster_model(
+    context: dg.SensorEvaluationContext, platform: dg.ResourceParam[Platform]
+) -> dg.SensorResult | dg.SkipReason:
+    """Fit the cohort's first cluster model once enough slides have features; never a later one.
+
+    A model that was fitted without Dagster is taken as it is.
+    """
+    if context.instance.get_latest_materialization_event(cluster_model.key) is not None:
+        return dg.SkipReason("there is a cluster model; refitting is asked for by hand")
+    store, needed = platform.store, platform.settings.first_fit_slides
+    model = current_model(store)
+    if model is not None:
+        found = dg.AssetMaterialization(
+            cluster_model.key,
+            description="Found in the store, fitted without Dagster.",
+            metadata={"version": model.version, "untrained": model.untrained},
+        )
+        return dg.SensorResult(asset_events=[found])
+    ready = sum(store.slide(s).record("features").exists() for s in store.slide_ids())
+    if ready < needed:
+        return dg.SkipReason(f"{ready} of {needed} slides have features")
+    # A run that failed is tried again when more slides have features.
+    return dg.SensorResult(run_requests=[dg.RunRequest(run_key=f"first-model-{ready}")])
+
+
+stages_follow = dg.AutomationConditionSensorDefinition(
+    "stages_follow_each_other",
+    target=dg.AssetSelection.groups("slide").without_checks(),
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    minimum_interval_seconds=15,
+    description="Runs each stage on the slides whose stage before is new, in batches.",
+)
+
+# What two sensors ask for is never one backfill: in that, a failed slide would hold back the rest.
+cohort_follows = dg.AutomationConditionSensorDefinition(
+    "cohort_follows_slides",
+    target=dg.AssetSelection.groups("cohort").without_checks()
+    | dg.AssetSelection.all_asset_checks(),
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    minimum_interval_seconds=15,
+    description="Refreshes catalog, purity and checks after any slide's stage.",
+)
+
+ALL_SENSORS = (new_slides, new_annotations, first_cluster_model, stages_follow, cohort_follows)
+
+
+def contiguous_batches(
+    chosen: Iterable[str], order: Sequence[str], *, size: int
+) -> list[list[str]]:
+    """Split slides into batches that are ranges of partitions.
+
+    Args:
+        chosen: Partition keys.
+        order: All partition keys in Dagster's order.
+        size: Largest length of a batch.
+
+    Returns:
+        The chosen keys, each once, neighbours in `order` together.
+
+    Example:
+        >>> contiguous_batches("abde", "abcde", size=3)
+        [['a', 'b'], ['d', 'e']]
+    """
+    wanted = set(chosen)
+    batches: list[list[str]] = [[]]
+    for key in order:
+        if key not in wanted or len(batches[-1]) == size:
+            batches.append([])
+        if key in wanted:
+            batches[-1].append(key)
+    return [batch for batch in batches if batch]
+
+
+def _owed(
+    platform: Platform, cursor: str | None, *, recorded: Collection[str], now: float
+) -> dict[str, _Owed]:
+    """All slides to describe, with what the cursor tells of them."""
+    files = _files_owed(platform, recorded)
+    elsewhere = {
+        slide_id: ("", source.keys.num_rows, 0)
+        for slide_id, source in find_sources(platform.store, but={*recorded, *files}).items()
+        if "slides" not in platform.store.slide(slide_id).failures()
+    }
+    before = json.loads(cursor) if cursor else {}
+    owed = {}
+    for slide_id, seen in (files | elsewhere).items():
+        *last_seen, requests, not_before = before.get(slide_id, [0, 0.0])
+        age = now - seen[2] / 1e9
+        if last_seen != list(seen):
+            owed[slide_id] = _Owed(seen, settled=False, requests=0, not_before=0.0)
+            continue
+        # A time in the future is that of another clock and tells nothing.
+        settled = not 0 <= age < platform.settings.settle_seconds
+        owed[slide_id] = _Owed(seen, settled, requests, not_before)
+    return owed
+
+
+def _files_owed(platform: Platform, recorded: Collection[str]) -> dict[str, _Seen]:
+    """Slides whose file is not the one that was last tried, or whose success is not recorded."""
+    owed = {}
+    for slide_id, found in platform.register_slides().items():
+        try:
+            size, mtime_ns = signature(found.path)
+        except FileNotFoundError:  # taken away in between
+            continue
+        folder, seen = platform.store.slide(slide_id), (str(found.path), size, mtime_ns)
+        told = slide_id in recorded or "slides" in folder.failures()
+        if not told or seen_signature(folder) != seen:
+            owed[slide_id] = seen
+    return owed
+
+
+def _said(store: Store, slide_id: str, paths: Sequence[Path | str]) -> str | None:
+    """What labels would be made from, as far as can be told cheaply; None if there are no tiles."""
+    tiles = store.slide(slide_id).stamp("tiles")
+    if tiles is None and tile_source(store, slide_id) is None:
+        return None
+    stats = [Path(path).stat() for path in paths]
+    signs = [[str(p), s.st_size, s.st_mtime_ns] for p, s in zip(paths, stats, strict=True)]
+    return fingerprint([signs, None if tiles is None else tiles.fingerprint])[:16]
+
+
+def _partitions_under_way(
+    instance: dg.DagsterInstance, job_name: str, order: Sequence[str]
+) -> set[str]:
+    """Partitions that runs of a job, queued or started, are going to make."""
+    found: set[str] = set()
+    for run in instance.get_runs(RunsFilter(job_name=job_name, statuses=_UNFINISHED)):
+        first = run.tags.get(RANGE_START) or run.tags.get(PARTITION)
+        last = run.tags.get(RANGE_END) or run.tags.get(PARTITION)
+        if first in order and last in order:
+            found.update(order[order.index(first) : order.index(last) + 1])
+    return found
+
+
+def _request(batch: list[str]) -> dg.RunRequest:
+    """Ask for a range of partitions.
+
+    There is no run key: Dagster silently drops a request whose key was ever used, also if that run
+    was killed.
+    """
+    return dg.RunRequest(tags={RANGE_START: batch[0], RANGE_END: batch[-1]})
