@@ -28,5 +28,5 @@ def cluster_colour(cluster: int) -> tuple[int, int, int]:
     red, green, blue = _BASE[cluster % len(_BASE)]
     shade = _LIGHTNESS[cluster // len(_BASE) % len(_LIGHTNESS)]
     hue, light, saturation = colorsys.rgb_to_hls(red / 255, green / 255, blue / 255)
-    rgb = colorsys.hls_to_rgb(hue, min(0.92, light * shade), saturation)
-    return tuple(round(255 * value) for value in rgb)  # type: ignore[return-value]
+    shaded = colorsys.hls_to_rgb(hue, min(0.92, light * shade), saturation)
+    return round(255 * shaded[0]), round(255 * shaded[1]), round(255 * shaded[2])

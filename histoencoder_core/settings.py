@@ -151,7 +151,7 @@ class ClusterSettings(StageSettings):
     """
 
     n_clusters: tuple[int, ...] = N_CLUSTERS
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     batch_size: int = Field(default=4096, ge=1)
     sample_size: int = Field(default=65536, ge=1)
     max_passes: int = Field(default=10, ge=1)

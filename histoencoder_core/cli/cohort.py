@@ -22,6 +22,7 @@ from histoencoder_core.cohort import run_sql, slide_states
 from histoencoder_core.errors import SettingsError, StoreError
 from histoencoder_core.labels import find_annotations
 from histoencoder_core.settings import PlatformSettings
+from histoencoder_core.slides import find_slides
 from histoencoder_core.store import Store, layout
 
 OptionalStore = Annotated[
@@ -75,6 +76,7 @@ def status(input_dir: OptionalStore = None) -> None:
         encoder=deployment.encoder if "encoder" in asked else None,
         model=current_model(store),
         annotated=annotated,
+        found=find_slides(deployment.slides) if "slides" in asked else (),
     )
     counts = Counter((str(state.stage), str(state.state)) for state in states)
     slides = len({state.slide for state in states})
@@ -85,7 +87,9 @@ def status(input_dir: OptionalStore = None) -> None:
     console = Console(soft_wrap=True)
     console.print(table)
     for state in states:
-        if state.state in {"failed", "stale", "empty"}:
+        if state.state in {"failed", "stale", "empty"} or (
+            state.state == "missing" and state.reason
+        ):
             console.print(
                 f"{state.state}: {state.slide} {state.stage}: {state.reason}", markup=False
             )

@@ -34,17 +34,19 @@ def each_slide(
     for slide_id in tqdm(listed, desc=verb, unit="slide", disable=None):
         try:
             stamp = work(slide_id)
-        except HistoEncoderError as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, the other slides go on
             counts["failed"] += 1
-            _say(f"{slide_id}: {error}", fg="red", err=True)
+            known = isinstance(error, HistoEncoderError)
+            told = str(error) if known else f"{type(error).__name__}: {error}"
+            _say(f"{slide_id}: {told}", fg="red", err=True)
             continue
         counts["made" if stamp.made_now else "up to date"] += 1
         if stamp.made_now:
             reason = stamp.result.get("reason")
             note = f" ({reason})" if reason else ""
             _say(f"{slide_id}: {stamp.result.get(describe, 0)} {describe}{note}")
-    told = ", ".join(f"{counts[k]} {k}" for k in ("made", "up to date", "failed") if counts[k])
-    _say(f"{verb}: {len(listed)} slides: {told or 'nothing to do'}.")
+    summary = ", ".join(f"{counts[k]} {k}" for k in ("made", "up to date", "failed") if counts[k])
+    _say(f"{verb}: {len(listed)} slides: {summary or 'nothing to do'}.")
     return counts
 
 

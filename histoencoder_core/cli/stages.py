@@ -155,9 +155,13 @@ def tile(
         folder = store.slide(slide_id)
         slide = slides[slide_id]
         describe_slide(folder, slide, sheet.row(slide_id, relative=slide.relative))
-        if overwrite:
-            folder.discard("tiles")
-        return cut_tiles(folder, settings, save_images=save_tiles, num_workers=num_workers)
+        return cut_tiles(
+            folder,
+            settings,
+            save_images=save_tiles,
+            overwrite=overwrite,
+            num_workers=num_workers,
+        )
 
     finish(each_slide("Tiling", slides, work))
 
@@ -237,8 +241,6 @@ def extract(
 
         def work(slide_id: str) -> Stamp:
             folder = store.slide(slide_id)
-            if overwrite:
-                folder.discard("features")
             return extract_slide(
                 folder,
                 sources[slide_id],
@@ -246,6 +248,7 @@ def extract(
                 batch_size=batch_size or deployment.batch_size,
                 num_workers=num_workers,
                 wide=wide,
+                overwrite=overwrite,
                 progress=bar.update,
             )
 

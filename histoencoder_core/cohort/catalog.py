@@ -16,11 +16,11 @@ import duckdb
 import pyarrow as pa
 
 from histoencoder_core.clusters import ClusterModel, current_model
-from histoencoder_core.cohort.completeness import StageState, slide_states
+from histoencoder_core.cohort.completeness import StageState, expected_slides, slide_states
 from histoencoder_core.errors import StoreError
 from histoencoder_core.settings import EncoderSettings, TilingSettings
 from histoencoder_core.slides import read_description
-from histoencoder_core.store import SlideFolder, Store, files
+from histoencoder_core.store import SlideFolder, Store, files, layout
 from histoencoder_core.store.tables import cluster_columns, read_keys, read_table
 from histoencoder_core.tiles import tile_source
 
@@ -70,7 +70,7 @@ def build_catalog(
         What the catalog holds.
 
     Raises:
-        StoreError: A slide's file is damaged; the message names it.
+        ClusterError: The current model's file is damaged.
     """
     started = time.perf_counter()
     model = current_model(store)
@@ -83,8 +83,16 @@ def build_catalog(
         # One transaction: a commit waits for the disk.
         connection.begin()
         connection.execute(sql("tables"))
-        for slide_id in dict.fromkeys(state.slide for state in states):
-            _add_slide(connection, store, slide_id, model)
+        current = {s.slide for s in states if s.stage == "clusters" and s.state == "done"}
+        for slide_id in expected_slides(store):
+            try:
+                _add_slide(connection, store, slide_id, current=slide_id in current)
+            except StoreError as error:
+                # The others' answers are worth more than none; this one is told as failed.
+                damaged = [s for s in layout.STAGES if layout.RECORD[s] in str(error)]
+                stage = damaged[0] if damaged else "tiles"
+                states = [s for s in states if (s.slide, s.stage) != (slide_id, stage)]
+                states.append(StageState(slide_id, stage, "failed", str(error)))
         for state in states:
             connection.execute(
                 "INSERT INTO completeness VALUES (?, ?, ?, ?)",
@@ -120,7 +128,8 @@ def _add_slide(
     connection: duckdb.DuckDBPyConnection,
     store: Store,
     slide_id: str,
-    model: ClusterModel | None,
+    *,
+    current: bool,
 ) -> None:
     folder = store.slide(slide_id)
     tiles = _tiles(store, folder)
@@ -129,7 +138,7 @@ def _add_slide(
     clusters = folder.record("clusters")
     version = None
     if clusters.exists():
-        version = _add_clusters(connection, clusters, slide_id, model)
+        version = _add_clusters(connection, folder, current=current)
     if folder.stamp("labels") is not None:
         labels = read_table(folder.record("labels"), ["tile", "label", "share"])
         _insert(connection, "labels", labels.filter(labels.column("label").is_valid()), slide_id)
@@ -151,25 +160,29 @@ def _tiles(store: Store, folder: SlideFolder) -> pa.Table | None:
 
 
 def _add_clusters(
-    connection: duckdb.DuckDBPyConnection,
-    path: Path,
-    slide_id: str,
-    model: ClusterModel | None,
+    connection: duckdb.DuckDBPyConnection, folder: SlideFolder, *, current: bool
 ) -> str | None:
+    path = folder.record("clusters")
+    stamp = folder.stamp("clusters")
     table = read_table(path)
     keys = read_keys(path).column("tile")
     version = (
         table.column("model")[0].as_py() if "model" in table.column_names and len(table) else None
     )
-    current = model is not None and version == model.version
+    same = {
+        "model": pa.scalar(version, pa.string()),
+        "current": pa.scalar(current),
+        "untrained": pa.scalar(None if stamp is None else stamp.untrained, pa.bool_()),
+    }
     for k, name in sorted(cluster_columns(table.schema).items()):
-        rows = pa.table({"tile": keys, "cluster": table.column(name)})
+        try:
+            rows = pa.table({"tile": keys, "cluster": table.column(name).cast(pa.int32())})
+        except pa.ArrowException as error:
+            raise StoreError(f"{path}: {name} holds no cluster numbers ({error}).") from error
         rows = rows.filter(rows.column("cluster").is_valid())
-        count = rows.num_rows
-        rows = rows.append_column("k", pa.array([k] * count, pa.int32()))
-        rows = rows.append_column("model", pa.array([version] * count, pa.string()))
-        rows = rows.append_column("current", pa.array([current] * count, pa.bool_()))
-        _insert(connection, "clusters", rows, slide_id)
+        for column, value in {"k": pa.scalar(k, pa.int32()), **same}.items():
+            rows = rows.append_column(column, pa.repeat(value, rows.num_rows))
+        _insert(connection, "clusters", rows, folder.slide_id)
     return version
 
 

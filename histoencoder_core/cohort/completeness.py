@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from histoencoder_core.clusters import ClusterModel, feature_file
 from histoencoder_core.clusters.assign import clusters_stamp
 from histoencoder_core.clusters.inputs import made_by
+from histoencoder_core.errors import StoreError
 from histoencoder_core.settings import EncoderSettings, TilingSettings
-from histoencoder_core.slides import Register, read_description
+from histoencoder_core.slides import FoundSlide, Register, read_description
 from histoencoder_core.store import SlideFolder, Stamp, Store
 from histoencoder_core.store.layout import Stage
 from histoencoder_core.tiles import find_sources, tile_source, tiles_stamp
@@ -50,6 +51,7 @@ def slide_states(
     encoder: EncoderSettings | None = None,
     model: ClusterModel | None = None,
     annotated: Iterable[str] = (),
+    found: Iterable[FoundSlide] = (),
 ) -> list[StageState]:
     """Tell the state of every stage of every expected slide.
 
@@ -59,20 +61,27 @@ def slide_states(
         encoder: Features of another encoder are stale; if None, any features will do.
         model: The current cluster model; clusters of another are stale.
         annotated: Ids of the slides that have annotations.
+        found: Slide files there are; one that was never registered is missing.
 
     Returns:
         The states, by slide and in the order of the stages.
     """
     with_labels = set(annotated)
-    registered = set(Register(store).entries())
-    states = []
+    entries = Register(store).entries()
+    registered = set(entries)
+    paths = {entry.path for entry in entries.values()}
+    states = [
+        StageState(slide.relative, "slides", "missing", "was found but not looked at yet")
+        for slide in found
+        if str(slide.path) not in paths
+    ]
     for slide_id in expected_slides(store):
         folder = store.slide(slide_id)
         of_slide = [
             _slides(folder, slide_id in registered),
-            _tiles(store, folder, tiling),
-            _features(store, folder, encoder),
-            _clusters(folder, model),
+            _told("tiles", lambda: _tiles(store, folder, tiling)),  # noqa: B023 - called at once
+            _told("features", lambda: _features(store, folder, encoder)),  # noqa: B023
+            _told("clusters", lambda: _clusters(folder, model)),  # noqa: B023
             _labels(folder, slide_id in with_labels),
         ]
         failures = folder.failures()
@@ -89,6 +98,14 @@ def slide_states(
 
 
 _Found = tuple[Stage, State, str | None]
+
+
+def _told(stage: Stage, look: Callable[[], _Found]) -> _Found:
+    """One slide's damaged file must not hide what the others are."""
+    try:
+        return look()
+    except StoreError as error:
+        return stage, "failed", str(error)
 
 
 def _slides(folder: SlideFolder, registered: bool) -> _Found:  # noqa: FBT001

@@ -47,6 +47,7 @@ def extract_slide(
     batch_size: int = 16,
     num_workers: int = 2,
     wide: bool = False,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Stamp:
     """Encode a slide's tiles, unless that is done already.
@@ -58,6 +59,7 @@ def extract_slide(
         batch_size: Tiles a forward pass.
         num_workers: Threads that read tiles while the encoder works.
         wide: Write HistoEncoder's columns ``feat1…featN`` instead of one list column.
+        overwrite: Do it again even where it is done.
         progress: Called with the number of tiles done since the last call.
 
     Returns:
@@ -69,7 +71,7 @@ def extract_slide(
         StoreError: Another program's files stand in the way.
     """
     stamp = features_stamp(source.upstream(), encoder)
-    if folder.fetch("features", stamp.fingerprint):
+    if not overwrite and folder.fetch("features", stamp.fingerprint):
         folder.clear_failure("features")
         return folder.stamp("features") or stamp
     try:

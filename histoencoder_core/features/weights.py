@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import logging
 import shutil
-import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,7 +52,7 @@ def prostate_weights(name: str, *, folder: Path, mirror: str | None = None) -> P
     for address in addresses:
         try:
             _download(address, target)
-        except (OSError, urllib.error.URLError, ValueError) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:
             failures.append(f"{address}: {error}")
         else:
             return target
@@ -162,6 +162,8 @@ def _download(address: str, target: Path) -> None:
         atomic_path(target) as temporary,
         temporary.open("wb") as file,
     ):
+        if response.headers.get_content_type() == "text/html":
+            raise OSError("the answer is a web page, not a file of weights")
         shutil.copyfileobj(response, file)
         expected = response.headers.get("Content-Length")
         if expected is not None and file.tell() != int(expected):

@@ -82,7 +82,9 @@ def find_annotation(store: Store, folder: Path | None, slide_id: str) -> Annotat
     sources = find_annotations(store, folder, [slide_id]).get(slide_id)
     if sources is None:
         return None
-    polygons, points, names = [], {}, {}
+    polygons: list[tuple[str, shapely.Geometry]] = []
+    points: dict[tuple[int, int], str] = {}
+    names: dict[str, str] = {}
     for source in map(Path, sources):
         if source == store.tiles_csv:
             rows = read_tiles_csv(store)[slide_id]
@@ -120,6 +122,8 @@ def read_geojson(path: Path) -> list[tuple[str, shapely.Geometry]]:
         features = _features(content)
         found = []
         for feature in features:
+            if feature["geometry"] is None:  # GeoJSON allows a Feature that is nowhere
+                continue
             label = _class_name(feature.get("properties") or {})
             geometry = shapely.make_valid(shape(feature["geometry"]))
             if label is not None and geometry.area > 0:

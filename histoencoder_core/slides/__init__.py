@@ -1,8 +1,9 @@
 """Slides: find, identify, open and describe them.
 
 Flow: `find` lists slide files, `register` gives each an id for ever, `reader` opens one
-(HistoPrep's `SlideReader` with the backends of this project), `describe` writes ``properties.json`` and
-``thumbnail.jpeg``. Later stages ask `describe.read_description` where a slide is and how fine.
+(HistoPrep's `SlideReader` with the backends of this project), `describe` writes
+``properties.json`` and ``thumbnail.jpeg``. Later stages ask `describe.read_description` where a
+slide is and how fine.
 """
 
 from histoencoder_core.slides.describe import Description, describe_slide, read_description

@@ -34,7 +34,7 @@ _KEPT_PROPERTIES = {
 """All that is ever taken from a slide's own properties: the rest may name a person."""
 
 
-class Backend(SlideReaderBackend):
+class Backend(SlideReaderBackend):  # type: ignore[misc]  # HistoPrep has no types
     """What this project asks of a backend beyond HistoPrep's interface."""
 
     BACKEND_NAME: str
@@ -57,7 +57,7 @@ class Backend(SlideReaderBackend):
     def read_level(self, level: int) -> np.ndarray:
         """Read a whole level: uint8 (height, width, 3)."""
         height, width = self.dimensions
-        return self.read_region((0, 0, width, height), level)
+        return np.asarray(self.read_region((0, 0, width, height), level))
 
     def close(self) -> None:
         """Release the file."""
@@ -100,11 +100,13 @@ class OpenSlideBackend(Backend):
     def data_bounds(self) -> Region:
         """The region with image data, ``x, y, w, h`` in level-0 pixels."""
         height, width = self.dimensions
-        names = ("bounds-x", "bounds-y", "bounds-width", "bounds-height")
-        values = [self._slide.properties.get(f"openslide.{name}") for name in names]
-        if None in values:
+        stated = self._slide.properties
+        try:
+            x, y = int(stated["openslide.bounds-x"]), int(stated["openslide.bounds-y"])
+            w, h = int(stated["openslide.bounds-width"]), int(stated["openslide.bounds-height"])
+        except (KeyError, ValueError):
             return (0, 0, width, height)
-        return tuple(int(value) for value in values)  # type: ignore[return-value]
+        return (x, y, w, h)
 
     @property
     def dimensions(self) -> tuple[int, int]:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import openslide
 
+from histoencoder_core.store import layout
+
 OPENSLIDE_SUFFIXES = frozenset(
     [".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".tif", ".tiff", ".dcm"]
 )
@@ -61,6 +63,8 @@ def find_slides(folder: Path) -> list[FoundSlide]:
     root = folder.resolve()
     paths: list[Path] = []
     for parent, folders, names in os.walk(root):
+        if Path(parent, layout.COHORT, layout.REGISTER).is_file():
+            folders.clear()  # a store: its pictures are no slides
         folders[:] = [n for n in folders if not n.startswith((".", "_")) and n not in _NOT_SLIDES]
         paths += _slides_among([Path(parent, name) for name in names])
     return [FoundSlide(path, path.relative_to(root).as_posix()) for path in sorted(paths)]

@@ -6,7 +6,7 @@ reached when Pillow sniffs content. Every image is therefore decoded as one name
 
 from __future__ import annotations
 
-import warnings
+import io
 from pathlib import Path
 
 import numpy as np
@@ -39,8 +39,10 @@ def read_image(path: Path) -> np.ndarray:
             kind="unsupported",
         )
     try:
-        with warnings.catch_warnings(), Image.open(path, formats=[image_format]) as image:
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        # From memory: decoding TIFF from file descriptors in several threads at once mixes them up,
+        # which gives errors and, worse, another image's pixels.
+        content = io.BytesIO(path.read_bytes())
+        with Image.open(content, formats=[image_format]) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise SlideError(
                     f"{path}: {image.width} × {image.height} pixels is more than is decoded whole; "

@@ -80,7 +80,7 @@ class Slide:
             SlideError: The region can't be decoded. Other regions may still be.
         """
         try:
-            return self._reader.read_region(region, level)
+            return np.asarray(self._reader.read_region(region, level))
         except (openslide.OpenSlideError, RuntimeError, ValueError) as error:
             raise SlideError(
                 f"{self.path}: region {region} can't be read ({error}). The file is damaged: copy "

@@ -148,7 +148,7 @@ def new_id(slide: FoundSlide, taken: set[str]) -> str:
     Example:
         >>> slide = FoundSlide(Path("/scans/b/CMU (1).svs"), "b/CMU (1).svs")
         >>> new_id(slide, taken=set()), new_id(slide, taken={"cmu_1"})
-        ('CMU_1', 'CMU_1-fbbd26d1')
+        ('CMU_1', 'CMU_1-fbab44f4')
     """
     stem = plain_id(slide.path)
     if stem.casefold() not in taken:

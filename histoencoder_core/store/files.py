@@ -43,8 +43,10 @@ def flush(path: Path) -> None:
     """Ask the operating system to put a file's or a folder's contents on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # some network file systems can't flush a folder
-            os.fsync(descriptor)
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # some network file systems can't flush a folder
+            raise
     finally:
         os.close(descriptor)
 

@@ -16,6 +16,7 @@ from histoencoder_core.errors import HistoEncoderError, SlideError, StoreError
 from histoencoder_core.store import files, layout
 from histoencoder_core.store.layout import Stage
 from histoencoder_core.store.stamp import Stamp, read_comment, read_stamp
+from histoencoder_core.store.tables import ROW_GROUP
 
 JPEG_QUALITY = 85
 
@@ -99,11 +100,6 @@ class SlideFolder:
         finally:
             files.remove(room)
         self.clear_failure(stage)
-
-    def discard(self, stage: Stage) -> None:
-        """Forget a stage's output of ours, so that it is made again."""
-        if self.stamp(stage) is not None:
-            files.remove(self.record(stage))
 
     def versions(self) -> list[tuple[Stamp, Path]]:
         """Outputs made with other settings, with the folders that keep them."""
@@ -214,7 +210,7 @@ class StageWriter:
     def table(self, table: pa.Table, stamp: Stamp) -> None:
         """Write the stage's record as a parquet file."""
         path = self._room / layout.RECORD[self._stage]
-        pq.write_table(stamp.on_table(table), path, compression="zstd")
+        pq.write_table(stamp.on_table(table), path, compression="zstd", row_group_size=ROW_GROUP)
         files.flush(path)
 
     def json(self, content: dict[str, Any], stamp: Stamp) -> None:

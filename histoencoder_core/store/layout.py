@@ -24,6 +24,7 @@ FAILURES = "failures.json"
 TILES_CSV = "tiles.csv"
 
 COHORT = "_cohort"
+REGISTER = "register.json"
 
 RECORD: dict[Stage, str] = {
     "slides": PROPERTIES,

@@ -51,7 +51,7 @@ class Store:
     @property
     def register_path(self) -> Path:
         """The register of slide ids."""
-        return self.cohort / "register.json"
+        return self.cohort / layout.REGISTER
 
     @property
     def catalog_path(self) -> Path:

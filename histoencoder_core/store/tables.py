@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
@@ -19,7 +19,13 @@ TILE_FIELDS = [
 ]
 """The columns every table of tiles begins with: the key, and the place in level-0 pixels."""
 
+ROW_GROUP = 16384
+"""Rows that are written, and read, at a time."""
+
 KEY_COLUMNS = [field.name for field in TILE_FIELDS]
+
+Place = tuple[int, int, int, int]
+"""``x, y, w, h`` in level-0 pixels."""
 
 _TILE_NAME = re.compile(r"x(\d+)_y(\d+)_w(\d+)_h(\d+)")
 _WIDE = re.compile(r"feat(\d+)")
@@ -36,7 +42,7 @@ def tile_name(x: int, y: int, w: int, h: int) -> str:
     return f"x{x}_y{y}_w{w}_h{h}"
 
 
-def place_of(name: str) -> tuple[int, int, int, int] | None:
+def place_of(name: str) -> Place | None:
     """The place that a tile's name tells, or None.
 
     Example:
@@ -44,10 +50,13 @@ def place_of(name: str) -> tuple[int, int, int, int] | None:
         ((0, 512, 224, 224), None)
     """
     match = _TILE_NAME.fullmatch(name)
-    return None if match is None else tuple(int(text) for text in match.groups())  # type: ignore[return-value]
+    if match is None:
+        return None
+    x, y, w, h = map(int, match.groups())
+    return x, y, w, h
 
 
-def key_table(names: list[str], places: list[tuple[int, int, int, int] | None]) -> pa.Table:
+def key_table(names: Sequence[str], places: Sequence[Place | None]) -> pa.Table:
     """Build the columns ``tile, x, y, w, h``; a tile without a place has nulls."""
     columns = [pa.array(names, pa.string())]
     columns += [
@@ -138,13 +147,14 @@ def normalise_keys(table: pa.Table, path: Path) -> pa.Table:
         names = []
     if set("xywh") <= set(table.column_names):
         numbers = [_integers(table.column(name)) for name in "xywh"]
-        places = [None if None in place else place for place in zip(*numbers, strict=True)]
+        places = [_complete(place) for place in zip(*numbers, strict=True)]
     else:
         places = [None] * rows
     if not names:
-        if None in places:
+        known = [place for place in places if place is not None]
+        if len(known) < rows:
             raise StoreError(f"{path}: has neither 'path' nor complete 'x, y, w, h' columns.")
-        names = [tile_name(*place) for place in places]
+        names = [tile_name(*place) for place in known]
     places = [place or place_of(name) for name, place in zip(names, places, strict=True)]
     if len(set(names)) != rows:
         raise StoreError(f"{path}: two rows have the same tile name; names must be unique.")
@@ -170,7 +180,7 @@ def read_features(path: Path) -> tuple[pa.Table, np.ndarray]:
     return read_keys(path), matrix
 
 
-def iter_features(path: Path, batch_rows: int = 16384) -> Iterator[np.ndarray]:
+def iter_features(path: Path, batch_rows: int = ROW_GROUP) -> Iterator[np.ndarray]:
     """Read features batch by batch.
 
     Args:
@@ -185,7 +195,8 @@ def iter_features(path: Path, batch_rows: int = 16384) -> Iterator[np.ndarray]:
     """
     wide = _wide_columns(_schema(path))
     feature_length(path)
-    with pq.ParquetFile(path) as file:
+    # Without these, Arrow holds all row groups' bytes in memory.
+    with pq.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
         for batch in file.iter_batches(batch_rows, columns=wide or ["features"]):
             if wide:
                 columns = [batch.column(name).to_numpy(zero_copy_only=False) for name in wide]
@@ -222,12 +233,20 @@ def _matrix(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
         column = column.combine_chunks()
     length = column.type.list_size
     flat = pc.list_flatten(column.drop_null())
-    present = flat.to_numpy(zero_copy_only=False).reshape(-1, length)
+    present: np.ndarray = flat.to_numpy(zero_copy_only=False).reshape(-1, length)
     if column.null_count == 0:
         return present.astype(np.float32, copy=False)
     matrix = np.full((len(column), length), np.nan, np.float32)
     matrix[column.is_valid().to_numpy(zero_copy_only=False)] = present
     return matrix
+
+
+def _complete(place: tuple[int | None, ...]) -> Place | None:
+    """A place of four numbers; None if one is missing."""
+    x, y, w, h = place
+    if x is None or y is None or w is None or h is None:
+        return None
+    return x, y, w, h
 
 
 def _integers(column: pa.ChunkedArray) -> list[int | None]:

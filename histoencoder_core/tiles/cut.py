@@ -18,7 +18,7 @@ from histoencoder_core.slides.backends import pad_white
 from histoencoder_core.slides.describe import THUMBNAIL_DIMENSION
 from histoencoder_core.store import SlideFolder, Stamp, layout
 from histoencoder_core.store.folder import StageWriter
-from histoencoder_core.store.tables import key_table, tile_name
+from histoencoder_core.store.tables import Place, key_table, tile_name
 from histoencoder_core.tiles.grid import Grid, lay_grid, plan_grid
 from histoencoder_core.tiles.quality import METRICS, metrics_table, tile_metrics
 from histoencoder_core.tiles.tissue import Tissue, find_tissue
@@ -43,6 +43,7 @@ def cut_tiles(
     settings: TilingSettings,
     *,
     save_images: bool = False,
+    overwrite: bool = False,
     num_workers: int = 2,
 ) -> Stamp:
     """Find a slide's tissue and its tiles, unless that is done already.
@@ -53,6 +54,7 @@ def cut_tiles(
         folder: A slide's folder with its description.
         settings: What tiles are asked for.
         save_images: Also write each tile as a JPEG into ``tiles/``.
+        overwrite: Do it again even where it is done.
         num_workers: Threads that read and write tile images.
 
     Returns:
@@ -70,7 +72,7 @@ def cut_tiles(
             kind="missing",
         )
     stamp = tiles_stamp(slide, settings)
-    if folder.fetch("tiles", stamp.fingerprint):
+    if not overwrite and folder.fetch("tiles", stamp.fingerprint):
         done = folder.stamp("tiles") or stamp
         images_due = save_images and not folder.file(layout.TILES).is_dir()
         if not images_due or done.result.get("tiles") == 0:
@@ -131,7 +133,7 @@ def _cut(
 def _table(
     grid: Grid, places: np.ndarray, background: np.ndarray, metrics: list[dict[str, float]]
 ) -> pa.Table:
-    listed = [tuple(place) for place in places.tolist()]
+    listed: list[Place] = [tuple(place) for place in places.tolist()]
     table = key_table([tile_name(*place) for place in listed], listed)
     count = len(listed)
     mpp = [None, None] if grid.mpp is None else list(grid.mpp)
@@ -187,9 +189,9 @@ def _draw(
     # The first tile is drawn last and in another colour: it shows a tile's size among overlaps.
     for i in range(len(places) - 1, -1, -1):
         x, y, w, h = places[i]
-        corners = [(round(x * per_x), round(y * per_y))]
-        corners.append((round((x + w) * per_x) - 1, round((y + h) * per_y) - 1))
-        cv2.rectangle(canvas, *corners, _RED if i else _BLUE, 1 if i else 2)
+        start = (round(x * per_x), round(y * per_y))
+        end = (round((x + w) * per_x) - 1, round((y + h) * per_y) - 1)
+        cv2.rectangle(canvas, start, end, _RED if i else _BLUE, 1 if i else 2)
     writer.image(layout.THUMBNAIL_TILES, canvas, stamp)
 
 

@@ -139,7 +139,8 @@ def background_share(places: np.ndarray, mask: np.ndarray, size: tuple[int, int]
     total = cv2.integral(mask)
     tissue = total[bottom, right] - total[top, right] - total[bottom, left] + total[top, left]
     area = extent.prod(axis=1)
-    return (area - tissue) / area
+    share: np.ndarray = (area - tissue) / area
+    return share
 
 
 def _histoprep_grid(slide: Description, settings: TilingSettings, width: int) -> Grid:

@@ -73,7 +73,8 @@ def find_sources(store: Store, *, but: Collection[str] = ()) -> dict[str, TileSo
     ids = {*store.slide_ids(), *listed}
     if _images_in(store.root):
         ids.add(_root_id(store))
-    sources = {slide_id: _source(store, slide_id, listed) for slide_id in sorted(ids)}
+    wanted = sorted(ids.difference(but))
+    sources = {slide_id: _source(store, slide_id, listed) for slide_id in wanted}
     return {slide_id: source for slide_id, source in sources.items() if source is not None}
 
 

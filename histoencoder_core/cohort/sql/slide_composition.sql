@@ -6,7 +6,8 @@ SELECT
     k,
     cluster,
     count(*) AS tiles,
-    count(*) / sum(count(*)) OVER (PARTITION BY slide, k) AS share
+    count(*) / sum(count(*)) OVER (PARTITION BY slide, k) AS share,
+    bool_or(untrained) AS untrained
 FROM clusters
 WHERE current
 GROUP BY slide, k, cluster

@@ -45,7 +45,8 @@ CREATE TABLE clusters (
     k       INTEGER,           -- number of clusters of the model
     cluster INTEGER,
     model   VARCHAR,
-    current BOOLEAN            -- assigned with the cohort's current model
+    current BOOLEAN,           -- assigned with the cohort's current model
+    untrained BOOLEAN          -- random weights are behind it
 );
 
 CREATE TABLE labels (
