@@ -180,6 +180,7 @@ class PlatformSettings(BaseSettings):
         batch_size: Tiles a forward pass.
         slides_per_run: Slides a Dagster run.
         settle_seconds: A file must have been left alone for so long before it counts as scanned.
+        tick_seconds: Time between two looks of Dagster's sensors at what is new and what is due.
         first_fit_slides: Slides with features that call for the cohort's first cluster model.
     """
 
@@ -197,6 +198,7 @@ class PlatformSettings(BaseSettings):
     batch_size: int = Field(default=16, ge=1)
     slides_per_run: int = Field(default=25, ge=1)
     settle_seconds: float = Field(default=60.0, ge=0)
+    tick_seconds: int = Field(default=15, ge=1)
     first_fit_slides: int = Field(default=10, ge=1)
     tiling: TilingSettings = TilingSettings()
     encoder: EncoderSettings = EncoderSettings()

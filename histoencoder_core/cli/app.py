@@ -7,6 +7,7 @@ import sys
 from typing import Annotated
 
 import typer
+from pydantic import ValidationError
 
 from histoencoder_core import __version__
 from histoencoder_core.cli import cohort, stages
@@ -46,6 +47,9 @@ def main() -> None:
     """Run the program; an error that a user can act on is one message and exit code 1."""
     try:
         app()
+    except ValidationError as error:  # a value in the environment
+        typer.secho(f"ERROR: {error.title}: {stages.first_problem(error)}", fg="red", err=True)
+        sys.exit(1)
     except HistoEncoderError as error:
         typer.secho(f"ERROR: {error}", fg="red", err=True)
         sys.exit(1)

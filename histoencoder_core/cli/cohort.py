@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import math
 import subprocess
 import sys
 from collections import Counter
+from decimal import Decimal
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-import pyarrow as pa
-import pyarrow.csv
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -20,7 +21,6 @@ from histoencoder_core.cli.tables import print_table
 from histoencoder_core.clusters import current_model
 from histoencoder_core.cohort import run_sql, slide_states
 from histoencoder_core.errors import SettingsError, StoreError
-from histoencoder_core.labels import find_annotations
 from histoencoder_core.settings import PlatformSettings
 from histoencoder_core.slides import find_slides
 from histoencoder_core.store import Store, layout
@@ -54,9 +54,12 @@ def sql(
     """Ask the catalog a question in SQL; it can't be changed by it."""
     result = run_sql(_store(input_dir), query)
     if form is Format.CSV:
-        pa.csv.write_csv(result, sys.stdout.buffer)
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(result.column_names)
+        writer.writerows(row.values() for row in result.to_pylist())
     elif form is Format.JSON:
-        typer.echo(json.dumps(result.to_pylist(), indent=2, default=str))
+        rows = [{k: _as_json(v) for k, v in row.items()} for row in result.to_pylist()]
+        typer.echo(json.dumps(rows, indent=2, default=str))
     else:
         print_table(result)
 
@@ -68,14 +71,14 @@ def status(input_dir: OptionalStore = None) -> None:
     if not store.root.is_dir():
         raise StoreError(f"{store.root}: is not there.")
     asked = deployment.model_fields_set
-    annotated = find_annotations(store, deployment.annotations_folder, store.slide_ids())
+    folder = deployment.annotations_folder
     states = slide_states(
         store,
         # Without settings of the deployment, whatever was asked for on the command line will do.
         tiling=deployment.tiling if "tiling" in asked else None,
         encoder=deployment.encoder if "encoder" in asked else None,
         model=current_model(store),
-        annotated=annotated,
+        annotations=folder if folder.is_dir() else None,
         found=find_slides(deployment.slides) if "slides" in asked else (),
     )
     counts = Counter((str(state.stage), str(state.state)) for state in states)
@@ -87,12 +90,9 @@ def status(input_dir: OptionalStore = None) -> None:
     console = Console(soft_wrap=True)
     console.print(table)
     for state in states:
-        if state.state in {"failed", "stale", "empty"} or (
-            state.state == "missing" and state.reason
-        ):
-            console.print(
-                f"{state.state}: {state.slide} {state.stage}: {state.reason}", markup=False
-            )
+        if state.state in {"failed", "stale", "empty", "missing"}:
+            told = f"{state.state}: {state.slide} {state.stage}: {state.reason or 'not made yet'}"
+            console.print(told, markup=False)
     if any(state.state in {"failed", "missing"} for state in states) or not states:
         raise typer.Exit(1)
 
@@ -142,6 +142,13 @@ def demo(
     # The orchestrator builds on this package, not the other way round: it is run, not imported.
     command = [sys.executable, "-m", "histoencoder_dagster.demo", "--folder", str(folder)]
     raise typer.Exit(subprocess.run(command, check=False).returncode)  # noqa: S603
+
+
+def _as_json(value: object) -> object:
+    """DuckDB's sums of integers are decimals, and JSON knows no NaN."""
+    if isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _store(input_dir: Path | None) -> Store:

@@ -15,14 +15,14 @@ from histoencoder_core.clusters import (
     ClusterModel,
     assign_slide,
     current_model,
+    ensure_model,
     feature_file,
     feature_files,
-    fit_clusters,
-    save_model,
 )
 from histoencoder_core.cohort import build_catalog
 from histoencoder_core.errors import LabelError, SettingsError, StoreError
 from histoencoder_core.labels import find_annotation, find_annotations, label_slide
+from histoencoder_core.labels.annotations import unmatched_annotations
 from histoencoder_core.settings import (
     ClusterSettings,
     EncoderSettings,
@@ -33,7 +33,8 @@ from histoencoder_core.settings import (
 from histoencoder_core.slides import Register, Sheet, describe_slide
 from histoencoder_core.slides.find import find_pattern
 from histoencoder_core.store import Stamp, Store
-from histoencoder_core.tiles import cut_tiles, find_sources
+from histoencoder_core.tiles import TileSource, cut_tiles, tile_source
+from histoencoder_core.tiles.source import slide_ids_with_tiles
 
 CPUS = os.cpu_count() or 1
 
@@ -146,7 +147,7 @@ def tile(
     found = find_pattern(pattern)
     if not found:
         raise SettingsError(f"No slides were found by {pattern!r}.")
-    sheet_path = slides_csv or _beside(found[0].path, found[0].relative)
+    sheet_path = slides_csv or PlatformSettings().sheet or _beside(found[0].path, found[0].relative)
     sheet = Sheet.read(sheet_path)
     store = Store(output)
     slides = Register(store).assign(found)
@@ -214,8 +215,8 @@ def extract(
     )
     assert isinstance(settings, EncoderSettings)
     store = Store(input_dir)
-    sources = find_sources(store)
-    if not sources:
+    slides = slide_ids_with_tiles(store)
+    if not slides:
         raise StoreError(
             f"{input_dir}: holds no tiles. Give the folder that `histoencoder tile` or HistoPrep "
             "wrote to, or a folder with a sub-folder of tile images for each slide."
@@ -234,16 +235,13 @@ def extract(
             fg="yellow",
             err=True,
         )
-    total = sum(source.keys.num_rows for source in sources.values())
-    with tqdm(
-        total=total, desc="Encoding", unit="tile", disable=None, position=1, leave=False
-    ) as bar:
+    with tqdm(desc="Encoding", unit="tile", disable=None, position=1, leave=False) as bar:
 
         def work(slide_id: str) -> Stamp:
             folder = store.slide(slide_id)
             return extract_slide(
                 folder,
-                sources[slide_id],
+                _source(store, slide_id),
                 encoder,
                 batch_size=batch_size or deployment.batch_size,
                 num_workers=num_workers,
@@ -252,7 +250,7 @@ def extract(
                 progress=bar.update,
             )
 
-        counts = each_slide("Extracting", sources, work)
+        counts = each_slide("Extracting", slides, work)
     finish(counts)
 
 
@@ -290,7 +288,8 @@ def cluster(
     )
     assert isinstance(settings, ClusterSettings)
     store = Store(input_dir)
-    model = _model(store, settings, refit=overwrite)
+    asked = num_clusters is not None or seed is not None
+    model = _model(store, settings, asked=asked, refit=overwrite)
     inputs = feature_files(store)
     counts = each_slide(
         "Assigning",
@@ -314,8 +313,10 @@ def label(
 ) -> None:
     """Label tiles from annotations, and from the labels in tiles.csv."""
     store = Store(input_dir)
-    sources = find_sources(store)
-    annotated = find_annotations(store, annotations, sources)
+    slides = slide_ids_with_tiles(store)
+    annotated = find_annotations(store, annotations, slides)
+    for name in unmatched_annotations(store, annotations, slides):
+        typer.secho(f"WARNING: {name}: matches no slide with tiles.", fg="yellow", err=True)
     if not annotated:
         raise LabelError(
             f"No annotations were found for the slides in {input_dir}. GeoJSON files are named "
@@ -325,36 +326,41 @@ def label(
     def work(slide_id: str) -> Stamp:
         annotation = find_annotation(store, annotations, slide_id)
         assert annotation is not None
-        return label_slide(store.slide(slide_id), sources[slide_id], annotation)
+        return label_slide(store.slide(slide_id), _source(store, slide_id), annotation)
 
     counts = each_slide("Labelling", sorted(annotated), work, describe="labelled")
-    _publish(store, annotated=sorted(annotated))
+    _publish(store, annotations=annotations)
     finish(counts)
 
 
-def _model(store: Store, settings: ClusterSettings, *, refit: bool) -> ClusterModel:
-    """The current model if it will do, else a new one."""
+def _source(store: Store, slide_id: str) -> TileSource:
+    source = tile_source(store, slide_id)
+    if source is None:
+        raise StoreError(f"{store.root / slide_id}: its tiles were taken away in between.")
+    return source
+
+
+def _model(store: Store, settings: ClusterSettings, *, asked: bool, refit: bool) -> ClusterModel:
+    """The current model if it will do, else that of the features and settings."""
     model = current_model(store)
     found = [feature_file(store.slide(slide_id)) for slide_id in store.slide_ids()]
-    spaces = {file.space for file in found if file is not None}
-    if model is not None and not refit and model.settings == settings and spaces == {model.space}:
+    fits = model is not None and {f.space for f in found if f is not None} == {model.space}
+    if model is not None and fits and not refit and (not asked or model.settings == settings):
         typer.echo(f"Using cluster model {model.version}; --refit fits a new one.")
         return model
-    inputs = feature_files(store)
-    model = fit_clusters(inputs, settings)
-    save_model(store, model)
+    model, fitted = ensure_model(store, feature_files(store), settings)
     result = model.stamp.result
     ks = ", ".join(map(str, result["n_clusters"]))
     note = " (untrained encoder)" if model.untrained else ""
     typer.echo(
-        f"Fitted cluster model {model.version}{note}: {ks} clusters of {result['tiles']} tiles "
-        f"on {result['slides']} slides in {result['seconds']:.1f} s."
+        f"{'Fitted' if fitted else 'Went back to'} cluster model {model.version}{note}: {ks} "
+        f"clusters of {result['tiles']} tiles on {result['slides']} slides."
     )
     return model
 
 
-def _publish(store: Store, *, annotated: list[str] | None = None) -> None:
-    summary = build_catalog(store, annotated=annotated or [])
+def _publish(store: Store, *, annotations: Path | None = None) -> None:
+    summary = build_catalog(store, annotations=annotations)
     typer.echo(
         f"Catalog: {summary.slides} slides, {summary.tiles} tiles, {summary.labelled_tiles} "
         f'labelled. Ask it: histoencoder sql -i "{store.root}" "from cluster_purity"'
@@ -368,7 +374,7 @@ def _tiling(asked: dict[str, Any]) -> TilingSettings:
             return TilingSettings.histoprep(**asked)
         settings = _changed(PlatformSettings().tiling, asked)
     except ValidationError as error:
-        raise SettingsError(_first_problem(error)) from error
+        raise SettingsError(first_problem(error)) from error
     assert isinstance(settings, TilingSettings)
     return settings
 
@@ -379,10 +385,11 @@ def _changed(settings: StageSettings, asked: dict[str, Any]) -> StageSettings:
     try:
         return type(settings)(**{**settings.model_dump(exclude_defaults=True), **given})
     except ValidationError as error:
-        raise SettingsError(_first_problem(error)) from error
+        raise SettingsError(first_problem(error)) from error
 
 
-def _first_problem(error: ValidationError) -> str:
+def first_problem(error: ValidationError) -> str:
+    """The first thing that is wrong with settings, in one line."""
     problem = error.errors()[0]
     where = ".".join(map(str, problem["loc"]))
     text = problem["msg"].removeprefix("Value error, ")

@@ -6,7 +6,7 @@ slide's ``clusters.parquet``. A new slide is assigned with the current model; a 
 """
 
 from histoencoder_core.clusters.assign import assign_slide, clusters_stamp
-from histoencoder_core.clusters.fit import fit_clusters
+from histoencoder_core.clusters.fit import ensure_model, fit_clusters
 from histoencoder_core.clusters.inputs import FeatureFile, feature_file, feature_files
 from histoencoder_core.clusters.model import (
     ClusterModel,
@@ -22,6 +22,7 @@ __all__ = [
     "assign_slide",
     "clusters_stamp",
     "current_model",
+    "ensure_model",
     "feature_file",
     "feature_files",
     "fit_clusters",

@@ -13,10 +13,16 @@ from sklearn.cluster import MiniBatchKMeans, kmeans_plusplus
 from sklearn.metrics import pairwise_distances_argmin_min
 
 from histoencoder_core.clusters.inputs import FeatureFile
-from histoencoder_core.clusters.model import ClusterModel
+from histoencoder_core.clusters.model import (
+    VERSION_LENGTH,
+    ClusterModel,
+    load_model,
+    model_versions,
+    save_model,
+)
 from histoencoder_core.errors import ClusterError
 from histoencoder_core.settings import ClusterSettings
-from histoencoder_core.store import Stamp
+from histoencoder_core.store import Stamp, Store
 from histoencoder_core.store.tables import iter_features
 
 log = logging.getLogger(__name__)
@@ -44,6 +50,29 @@ def model_stamp(inputs: list[FeatureFile], settings: ClusterSettings) -> Stamp:
         },
         untrained=any(file.untrained for file in inputs),
     ).with_result(encoder=inputs[0].encoder)
+
+
+def ensure_model(
+    store: Store, inputs: list[FeatureFile], settings: ClusterSettings
+) -> tuple[ClusterModel, bool]:
+    """Make the model of these features and settings the current one, fitting it if it is new.
+
+    Args:
+        store: The store, which keeps every version that was ever fitted.
+        inputs: The features, all in one space.
+        settings: How to cluster.
+
+    Returns:
+        The model, and whether it was fitted now.
+
+    Raises:
+        ClusterError: There are fewer tiles than the smallest K.
+    """
+    version = model_stamp(inputs, settings).fingerprint[:VERSION_LENGTH]
+    known = version in model_versions(store)
+    model = load_model(store, version) if known else fit_clusters(inputs, settings)
+    save_model(store, model)
+    return model, not known
 
 
 def fit_clusters(inputs: list[FeatureFile], settings: ClusterSettings) -> ClusterModel:

@@ -7,11 +7,10 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from histoencoder_core.errors import ClusterError
 from histoencoder_core.settings import EncoderSettings
-from histoencoder_core.store import SlideFolder, Store
+from histoencoder_core.store import SlideFolder, Stamp, Store, layout
 from histoencoder_core.store.tables import feature_length, row_count
 
 
@@ -28,7 +27,7 @@ class FeatureFile:
         untrained: Whether random weights made it.
         length: Length of a feature vector.
         tiles: Number of rows.
-        made_from: What the file says of its encoder; empty for another program's file.
+        stamp: What the file was made from; None for another program's file.
     """
 
     slide: str
@@ -39,7 +38,7 @@ class FeatureFile:
     untrained: bool
     length: int
     tiles: int
-    made_from: dict[str, Any]
+    stamp: Stamp | None
 
 
 def feature_file(folder: SlideFolder) -> FeatureFile | None:
@@ -70,21 +69,26 @@ def feature_file(folder: SlideFolder) -> FeatureFile | None:
         untrained=untrained,
         length=length,
         tiles=row_count(path),
-        made_from={} if stamp is None else stamp.made_from["encoder"],
+        stamp=stamp,
     )
 
 
-def made_by(made_from: dict[str, Any], encoder: EncoderSettings) -> bool:
-    """Whether features fit an encoder's settings, as far as can be told without its weights.
+def made_by(stamp: Stamp, encoder: EncoderSettings) -> bool:
+    """Whether features are those that an encoder's settings ask for.
+
+    All but the weights is compared: they would have to be loaded.
 
     Args:
-        made_from: What the features' stamp says of their encoder.
+        stamp: Of the features.
         encoder: The settings.
     """
     asked = encoder.model_dump(include={"name", "num_blocks", "avg_pool", "dtype"})
-    if encoder.input_size is not None:
-        asked["input_size"] = encoder.input_size
-    return all(made_from.get(name) == value for name, value in asked.items())
+    asked["input_size"] = encoder.input_size or stamp.result["native_size"]
+    made_from = stamp.made_from["encoder"]
+    if stamp.untrained:
+        asked["seed"] = encoder.seed
+    same = all(made_from.get(name) == value for name, value in asked.items())
+    return same and stamp.algorithm == layout.FEATURES_ALGORITHM
 
 
 def feature_files(
@@ -110,7 +114,7 @@ def feature_files(
     wanted = store.slide_ids() if slides is None else sorted(slides)
     found = [file for s in wanted if (file := feature_file(store.slide(s))) is not None]
     if encoder is not None:
-        found = [f for f in found if not f.made_from or made_by(f.made_from, encoder)]
+        found = [f for f in found if f.stamp is None or made_by(f.stamp, encoder)]
     counts = Counter((file.encoder, file.length, file.space) for file in found)
     if len(counts) > 1:
         # One encoder's spaces differ by weights, input size or blocks.

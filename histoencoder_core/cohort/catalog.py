@@ -7,7 +7,6 @@ It is written under a temporary name and renamed: a reader never sees a half and
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.resources import files as package_files
 from pathlib import Path
@@ -21,6 +20,7 @@ from histoencoder_core.errors import StoreError
 from histoencoder_core.settings import EncoderSettings, TilingSettings
 from histoencoder_core.slides import read_description
 from histoencoder_core.store import SlideFolder, Store, files, layout
+from histoencoder_core.store.layout import Stage
 from histoencoder_core.store.tables import cluster_columns, read_keys, read_table
 from histoencoder_core.tiles import tile_source
 
@@ -56,7 +56,7 @@ def build_catalog(
     *,
     tiling: TilingSettings | None = None,
     encoder: EncoderSettings | None = None,
-    annotated: Iterable[str] = (),
+    annotations: Path | None = None,
 ) -> CatalogSummary:
     """Build the catalog anew and put it in place of the old one.
 
@@ -64,7 +64,7 @@ def build_catalog(
         store: The store.
         tiling: What tiles are expected; see `slide_states`.
         encoder: What features are expected; see `slide_states`.
-        annotated: Ids of the slides that have annotations.
+        annotations: What labels are expected; see `slide_states`.
 
     Returns:
         What the catalog holds.
@@ -74,7 +74,9 @@ def build_catalog(
     """
     started = time.perf_counter()
     model = current_model(store)
-    states = slide_states(store, tiling=tiling, encoder=encoder, model=model, annotated=annotated)
+    states = slide_states(
+        store, tiling=tiling, encoder=encoder, model=model, annotations=annotations
+    )
     # The database is closed, and so whole, before the file is renamed.
     with (
         files.atomic_path(store.catalog_path) as temporary,
@@ -83,10 +85,10 @@ def build_catalog(
         # One transaction: a commit waits for the disk.
         connection.begin()
         connection.execute(sql("tables"))
-        current = {s.slide for s in states if s.stage == "clusters" and s.state == "done"}
+        done = {(s.slide, s.stage) for s in states if s.state == "done"}
         for slide_id in expected_slides(store):
             try:
-                _add_slide(connection, store, slide_id, current=slide_id in current)
+                _add_slide(connection, store, slide_id, done=done)
             except StoreError as error:
                 # The others' answers are worth more than none; this one is told as failed.
                 damaged = [s for s in layout.STAGES if layout.RECORD[s] in str(error)]
@@ -129,7 +131,7 @@ def _add_slide(
     store: Store,
     slide_id: str,
     *,
-    current: bool,
+    done: set[tuple[str, Stage]],
 ) -> None:
     folder = store.slide(slide_id)
     tiles = _tiles(store, folder)
@@ -138,8 +140,9 @@ def _add_slide(
     clusters = folder.record("clusters")
     version = None
     if clusters.exists():
-        version = _add_clusters(connection, folder, current=current)
-    if folder.stamp("labels") is not None:
+        version = _add_clusters(connection, folder, current=(slide_id, "clusters") in done)
+    # Labels of other tiles, or of an annotation that is gone, say nothing of these tiles.
+    if (slide_id, "labels") in done:
         labels = read_table(folder.record("labels"), ["tile", "label", "share"])
         _insert(connection, "labels", labels.filter(labels.column("label").is_valid()), slide_id)
     _add_properties(connection, folder, None if tiles is None else tiles.num_rows, version)

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from histoencoder_core.clusters import ClusterModel, feature_file
 from histoencoder_core.clusters.assign import clusters_stamp
 from histoencoder_core.clusters.inputs import made_by
-from histoencoder_core.errors import StoreError
+from histoencoder_core.errors import LabelError, StoreError
+from histoencoder_core.labels import find_annotation, find_annotations
+from histoencoder_core.labels.assign import grid_fingerprint, labels_stamp
 from histoencoder_core.settings import EncoderSettings, TilingSettings
 from histoencoder_core.slides import FoundSlide, Register, read_description
-from histoencoder_core.store import SlideFolder, Stamp, Store
+from histoencoder_core.slides.content import signature
+from histoencoder_core.slides.register import Entry
+from histoencoder_core.store import SlideFolder, Stamp, Store, layout
 from histoencoder_core.store.layout import Stage
-from histoencoder_core.tiles import find_sources, tile_source, tiles_stamp
+from histoencoder_core.tiles import tile_source, tiles_stamp
+from histoencoder_core.tiles.source import slide_ids_with_tiles
+
+log = logging.getLogger(__name__)
 
 State = Literal["done", "empty", "input", "failed", "stale", "missing", "not due"]
 
@@ -39,9 +48,13 @@ class StageState:
 
 
 def expected_slides(store: Store) -> list[str]:
-    """All slides that results are expected of: registered, or with tiles in the store."""
-    known = {*Register(store).entries(), *store.slide_ids()}
-    return sorted({*known, *find_sources(store, but=known)})
+    """All slides that results are expected of: registered, with tiles, or with results."""
+    with_results = {
+        slide_id
+        for slide_id in store.slide_ids()
+        if any(store.slide(slide_id).record(stage).exists() for stage in layout.STAGES)
+    }
+    return sorted({*Register(store).entries(), *slide_ids_with_tiles(store), *with_results})
 
 
 def slide_states(
@@ -50,7 +63,7 @@ def slide_states(
     tiling: TilingSettings | None = None,
     encoder: EncoderSettings | None = None,
     model: ClusterModel | None = None,
-    annotated: Iterable[str] = (),
+    annotations: Path | None = None,
     found: Iterable[FoundSlide] = (),
 ) -> list[StageState]:
     """Tell the state of every stage of every expected slide.
@@ -60,44 +73,67 @@ def slide_states(
         tiling: Tiles made otherwise are stale; if None, any tiles will do.
         encoder: Features of another encoder are stale; if None, any features will do.
         model: The current cluster model; clusters of another are stale.
-        annotated: Ids of the slides that have annotations.
+        annotations: Folder of annotations; if None, labels made from any will do.
         found: Slide files there are; one that was never registered is missing.
 
     Returns:
         The states, by slide and in the order of the stages.
     """
-    with_labels = set(annotated)
     entries = Register(store).entries()
-    registered = set(entries)
     paths = {entry.path for entry in entries.values()}
     states = [
         StageState(slide.relative, "slides", "missing", "was found but not looked at yet")
         for slide in found
         if str(slide.path) not in paths
     ]
-    for slide_id in expected_slides(store):
+    expected = expected_slides(store)
+    try:
+        annotated = find_annotations(store, annotations, expected)
+    except LabelError as error:  # one bad file must not hide what all slides are
+        log.warning("which slides have annotations is not known: %s", error)
+        annotations, annotated = None, {}
+    for slide_id in expected:
         folder = store.slide(slide_id)
         of_slide = [
-            _slides(folder, slide_id in registered),
-            _told("tiles", lambda: _tiles(store, folder, tiling)),  # noqa: B023 - called at once
+            _slides(folder, entries.get(slide_id)),
+            # The functions are called at once.
+            _told("tiles", lambda: _tiles(store, folder, tiling)),  # noqa: B023
             _told("features", lambda: _features(store, folder, encoder)),  # noqa: B023
             _told("clusters", lambda: _clusters(folder, model)),  # noqa: B023
-            _labels(folder, slide_id in with_labels),
+            _told("labels", lambda: _labels(store, folder, annotations, slide_id in annotated)),  # noqa: B023
         ]
-        failures = folder.failures()
-        blocked: str | None = None
-        for stage, state, reason in of_slide:
-            if stage in failures and state in {"missing", "stale"}:
-                state, reason = "failed", str(failures[stage]["reason"])
-            elif blocked and state == "missing" and stage != "labels":
-                state, reason = "not due", f"{blocked} is not done"
-            if state in {"missing", "failed"} and blocked is None:
-                blocked = stage
-            states.append(StageState(slide_id, stage, state, reason))
+        states += _with_what_precedes(folder, of_slide)
     return states
 
 
+def _with_what_precedes(folder: SlideFolder, of_slide: list[_Found]) -> Iterator[StageState]:
+    """A stage is only as good as the ones it is made from, and a failure is never hidden."""
+    failures = folder.failures()
+    states: dict[Stage, State] = {}
+    for stage, state, reason in of_slide:
+        before = [s for s in _MADE_FROM[stage] if states[s] in {"failed", "stale"}]
+        if stage in failures:
+            kept = "; the former result is kept" if state in {"done", "empty", "stale"} else ""
+            state, reason = "failed", f"{failures[stage]['reason']}{kept}"
+        elif before and state in {"done", "empty"}:
+            state, reason = "stale", f"its {before[-1]} are {states[before[-1]]}"
+        elif state == "missing" and any(
+            states[s] in {"failed", "missing", "not due"} for s in _MADE_FROM[stage]
+        ):
+            state, reason = "not due", f"its {_MADE_FROM[stage][-1]} are not done"
+        states[stage] = state
+        yield StageState(folder.slide_id, stage, state, reason)
+
+
 _Found = tuple[Stage, State, str | None]
+
+_MADE_FROM: dict[Stage, tuple[Stage, ...]] = {
+    "slides": (),
+    "tiles": ("slides",),
+    "features": ("tiles",),
+    "clusters": ("features",),
+    "labels": ("tiles",),
+}
 
 
 def _told(stage: Stage, look: Callable[[], _Found]) -> _Found:
@@ -108,12 +144,17 @@ def _told(stage: Stage, look: Callable[[], _Found]) -> _Found:
         return stage, "failed", str(error)
 
 
-def _slides(folder: SlideFolder, registered: bool) -> _Found:  # noqa: FBT001
-    if read_description(folder) is not None:
-        return "slides", "done", None
-    if registered:
-        return "slides", "missing", None
-    return "slides", "input", "tiles made by another program"
+def _slides(folder: SlideFolder, entry: Entry | None) -> _Found:
+    description = read_description(folder)
+    if description is None:
+        if entry is not None:
+            return "slides", "missing", None
+        return "slides", "input", "tiles made by another program"
+    path = Path(entry.path if entry is not None else description.path)
+    # A folder of slides that is not mounted takes nothing away.
+    if path.exists() and signature(path) != (description.size, description.mtime_ns):
+        return "slides", "stale", f"{path} has changed"
+    return "slides", "done", None
 
 
 def _tiles(store: Store, folder: SlideFolder, tiling: TilingSettings | None) -> _Found:
@@ -136,7 +177,7 @@ def _features(store: Store, folder: SlideFolder, encoder: EncoderSettings | None
     source = tile_source(store, folder.slide_id)
     if source is not None and stamp.made_from["tiles"] != source.upstream():
         return "features", "stale", "the tiles have changed"
-    if encoder is not None and not made_by(stamp.made_from["encoder"], encoder):
+    if encoder is not None and not made_by(stamp, encoder):
         return "features", "stale", f"made by {stamp.result['encoder']} with other settings"
     return _done("features", stamp)
 
@@ -159,12 +200,31 @@ def _clusters(folder: SlideFolder, model: ClusterModel | None) -> _Found:
     return _done("clusters", stamp)
 
 
-def _labels(folder: SlideFolder, annotated: bool) -> _Found:  # noqa: FBT001
+def _labels(
+    store: Store,
+    folder: SlideFolder,
+    annotations: Path | None,
+    annotated: bool,  # noqa: FBT001 - private
+) -> _Found:
     stamp = folder.stamp("labels")
+    source = tile_source(store, folder.slide_id)
     if stamp is None:
         if not annotated:
             return "labels", "not due", "no annotation"
         return "labels", "missing", None
+    if source is None:
+        return _done("labels", stamp)
+    if stamp.made_from["tiles"] != grid_fingerprint(source):
+        return "labels", "stale", "the tiles have changed"
+    if annotated:
+        try:
+            annotation = find_annotation(store, annotations, folder.slide_id)
+        except LabelError as error:
+            return "labels", "failed", str(error)
+        if annotation and labels_stamp(source, annotation).fingerprint != stamp.fingerprint:
+            return "labels", "stale", "the annotation has changed"
+    elif annotations is not None:
+        return "labels", "stale", "the annotation is gone"
     return _done("labels", stamp)
 
 

@@ -53,6 +53,7 @@ class Encoder:
         std: What each channel is then divided by.
         weights_sha256: Hash of the weights, see `weights.state_dict_sha256`.
         length: Length of a feature vector.
+        native_size: Input size that the encoder has if none is asked for.
     """
 
     settings: EncoderSettings
@@ -63,6 +64,7 @@ class Encoder:
     std: tuple[float, ...]
     weights_sha256: str
     length: int
+    native_size: int
 
     @property
     def untrained(self) -> bool:
@@ -80,6 +82,7 @@ class Encoder:
             "input_size": self.input_size,
             "normalisation": {"mean": list(self.mean), "std": list(self.std)},
             "dtype": self.settings.dtype,
+            **({"seed": self.settings.seed} if self.untrained else {}),
         }
 
     @property
@@ -228,6 +231,7 @@ def _load(settings: EncoderSettings, folder: Path, weights_url: str | None, devi
         std=std,
         weights_sha256=weights.state_dict_sha256(module),
         length=0,
+        native_size=size,
     )
     return _with_length(encoder)
 

@@ -11,12 +11,12 @@ import pyarrow as pa
 
 from histoencoder_core.errors import HistoEncoderError, SlideError
 from histoencoder_core.features.encoders import Encoder
-from histoencoder_core.store import SlideFolder, Stamp
-from histoencoder_core.store.tables import feature_list, widen
+from histoencoder_core.store import SlideFolder, Stamp, layout
+from histoencoder_core.store.tables import feature_list, read_table, widen
 from histoencoder_core.tiles import TileSource
 from histoencoder_core.tiles.source import ReadTile
 
-ALGORITHM = 1
+ALGORITHM = layout.FEATURES_ALGORITHM
 
 MAX_UNREADABLE = 0.01
 """Largest share of tiles that may be unreadable before the slide fails."""
@@ -36,7 +36,9 @@ def features_stamp(upstream: str, encoder: Encoder) -> Stamp:
         algorithm=ALGORITHM,
         made_from={"tiles": upstream, "encoder": encoder.made_from},
         untrained=encoder.untrained,
-    ).with_result(space=encoder.space, encoder=encoder.settings.name)
+    ).with_result(
+        space=encoder.space, encoder=encoder.settings.name, native_size=encoder.native_size
+    )
 
 
 def extract_slide(
@@ -73,7 +75,8 @@ def extract_slide(
     stamp = features_stamp(source.upstream(), encoder)
     if not overwrite and folder.fetch("features", stamp.fingerprint):
         folder.clear_failure("features")
-        return folder.stamp("features") or stamp
+        done = folder.stamp("features") or stamp
+        return _rewritten_wide(folder, done) if wide else done
     try:
         started = time.perf_counter()
         features, reasons = _encode_all(source, encoder, batch_size, num_workers, progress)
@@ -93,6 +96,16 @@ def extract_slide(
     except Exception as error:
         folder.record_failure("features", error, inputs=stamp.fingerprint)
         raise
+    return stamp.just_made()
+
+
+def _rewritten_wide(folder: SlideFolder, stamp: Stamp) -> Stamp:
+    """Give features that are there HistoEncoder's form; nothing is encoded again."""
+    table = read_table(folder.record("features"))
+    if "features" not in table.column_names:
+        return stamp
+    with folder.writing("features") as writer:
+        writer.table(widen(table), stamp)
     return stamp.just_made()
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import shapely
 from shapely.geometry import shape
 
 from histoencoder_core.errors import LabelError
+from histoencoder_core.slides.register import Register, plain_id
 from histoencoder_core.store import Store
 from histoencoder_core.tiles.source import read_tiles_csv
 
@@ -44,6 +45,10 @@ def find_annotations(
 ) -> dict[str, list[Path | str]]:
     """Which slides are annotated, and by what, without reading the polygons.
 
+    A slide is named by its id, its relative path, its file name or that without the suffix. Where
+    two slides have the same name, it stands for the one that has it as its id, else for the one
+    that has it as its path.
+
     Args:
         store: The store, whose ``tiles.csv`` may hold labels.
         folder: Folder of ``<slide>.geojson`` and of CSV files with columns ``slide, x, y, label``.
@@ -56,20 +61,42 @@ def find_annotations(
         LabelError: A CSV file can't be read.
         StoreError: ``tiles.csv`` can't be read.
     """
+    wanted = list(slides)
     found: dict[str, list[Path | str]] = {}
     in_tiles_csv = read_tiles_csv(store)
-    in_csv = _slides_in_csv(folder)
-    for slide_id in slides:
-        sources: list[Path | str] = []
-        if folder is not None:
-            paths = (folder / f"{slide_id}{suffix}" for suffix in _GEOJSON)
-            sources += [path for path in paths if path.is_file()]
-        sources += in_csv.get(slide_id, [])
+    in_folder = _by_slide(folder, _names(store, folder, wanted))
+    for slide_id in wanted:
+        sources: list[Path | str] = [*in_folder.get(slide_id, [])]
         if any(row.label for row in in_tiles_csv.get(slide_id, [])):
             sources.append(store.tiles_csv)
         if sources:
             found[slide_id] = sources
     return found
+
+
+def unmatched_annotations(store: Store, folder: Path | None, slides: Iterable[str]) -> list[str]:
+    """Annotations that no slide takes, most likely for a slip in a name.
+
+    Args:
+        store: The store.
+        folder: Folder of annotations.
+        slides: Ids of slides that annotations may be for, beside those that the store has a folder
+            for or has registered.
+
+    Returns:
+        For people: GeoJSON files, and slides named in CSV files, with their files.
+
+    Raises:
+        LabelError: A CSV file can't be read.
+        StoreError: ``tiles.csv`` can't be read.
+    """
+    names = _names(store, folder, slides)
+    return [
+        f"{path}: {name}" if _is_csv(path) else str(path)
+        for path, told in _named_in(folder, names)
+        for name in told
+        if name not in names
+    ]
 
 
 def find_annotation(store: Store, folder: Path | None, slide_id: str) -> Annotation | None:
@@ -79,28 +106,93 @@ def find_annotation(store: Store, folder: Path | None, slide_id: str) -> Annotat
         LabelError: A file can't be read, or says nothing that can be used.
         StoreError: ``tiles.csv`` can't be read.
     """
-    sources = find_annotations(store, folder, [slide_id]).get(slide_id)
-    if sources is None:
-        return None
+    sources: list[Path] = []
     polygons: list[tuple[str, shapely.Geometry]] = []
     points: dict[tuple[int, int], str] = {}
     names: dict[str, str] = {}
-    for source in map(Path, sources):
-        if source == store.tiles_csv:
-            rows = read_tiles_csv(store)[slide_id]
-            names |= {row.tile: row.label for row in rows if row.label is not None}
-        elif source.suffix.lower() == ".csv":
-            points |= _csv_points(source)[slide_id]
-        else:
+    slide_names = _names(store, folder, [slide_id])
+    for source in _by_slide(folder, slide_names).get(slide_id, []):
+        sources.append(source)
+        if not _is_csv(source):
             polygons += read_geojson(source)
+            continue
+        for name, told in _csv_points(source).items():
+            if slide_names.get(name) == slide_id:
+                points |= told
+    for row in read_tiles_csv(store).get(slide_id, []):
+        if row.label is not None:
+            names[row.tile] = row.label
+    if names:
+        sources.append(store.tiles_csv)
+    if not sources:
+        return None
     said = {
         "polygons": [[label, shapely.to_wkt(geometry)] for label, geometry in polygons],
         "points": sorted([x, y, label] for (x, y), label in points.items()),
         "names": names,
     }
     content = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-    told = ", ".join(Path(source).name for source in sources)
-    return Annotation(told, content, polygons, points, names)
+    told_by = ", ".join(source.name for source in sources)
+    return Annotation(told_by, content, polygons, points, names)
+
+
+def _names(store: Store, folder: Path | None, slides: Iterable[str]) -> dict[str, str]:
+    """The slide that each name stands for, over all slides that are known."""
+    if folder is None:
+        return {}
+    registered = {slide_id: entry.relative for slide_id, entry in Register(store).entries().items()}
+    ids = {*slides, *registered, *store.slide_ids(), *read_tiles_csv(store)}
+    names = {slide_id: slide_id for slide_id in ids}
+    for slide_id, relative in registered.items():
+        names.setdefault(relative, slide_id)
+    for slide_id, relative in registered.items():
+        path = PurePosixPath(relative)
+        if slide_id == plain_id(Path(relative)):
+            names.setdefault(path.name, slide_id)
+            names.setdefault(path.stem, slide_id)
+    return names
+
+
+def _by_slide(folder: Path | None, names: Mapping[str, str]) -> dict[str, list[Path]]:
+    """The files of a folder of annotations, by the slides that they are of."""
+    found: dict[str, list[Path]] = {}
+    for path, told in _named_in(folder, names):
+        for slide_id in dict.fromkeys(names[name] for name in told if name in names):
+            found.setdefault(slide_id, []).append(path)
+    return found
+
+
+def _named_in(folder: Path | None, names: Iterable[str]) -> Iterator[tuple[Path, list[str]]]:
+    """The files of a folder of annotations, each with the names of slides it gives.
+
+    Args:
+        folder: The folder.
+        names: Known names; one that is a path is looked for in the folder's sub-folders.
+    """
+    if folder is None or not folder.is_dir():
+        return
+    entries = _visible(folder)
+    inner = {entry.name for entry in entries if entry.is_dir()}
+    parents = {PurePosixPath(name).parent for name in names if "/" in name} if inner else set()
+    for path in entries:
+        if path.suffix.lower() in _GEOJSON and path.is_file():
+            yield path, [path.stem]
+    for parent in sorted(p for p in parents if p.parts and p.parts[0] in inner):
+        for path in _visible(folder / parent) if (folder / parent).is_dir() else []:
+            if path.suffix.lower() in _GEOJSON and path.is_file():
+                yield path, [(parent / path.stem).as_posix()]
+    for path in entries:
+        if _is_csv(path) and path.is_file():
+            yield path, list(_csv_points(path))
+
+
+def _visible(folder: Path) -> list[Path]:
+    """A folder's entries, less hidden ones, such as those that macOS puts beside each file."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def _is_csv(path: Path) -> bool:
+    return path.suffix.lower() == ".csv"
 
 
 def read_geojson(path: Path) -> list[tuple[str, shapely.Geometry]]:
@@ -162,18 +254,8 @@ def _class_name(properties: dict[str, Any]) -> str | None:
     return str(name).strip() or None if name else None
 
 
-def _slides_in_csv(folder: Path | None) -> dict[str, list[Path | str]]:
-    found: dict[str, list[Path | str]] = {}
-    if folder is None or not folder.is_dir():
-        return found
-    for path in sorted(folder.glob("*.csv")):
-        for slide_id in _csv_points(path):
-            found.setdefault(slide_id, []).append(path)
-    return found
-
-
 def _csv_points(path: Path) -> dict[str, dict[tuple[int, int], str]]:
-    """Labels by slide and tile corner."""
+    """Labels by the slide's name and the tile's corner."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, skipinitialspace=True)

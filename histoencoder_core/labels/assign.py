@@ -22,12 +22,20 @@ MIN_SHARE = 0.5
 
 def labels_stamp(source: TileSource, annotation: Annotation) -> Stamp:
     """The stamp that a slide's labels carry if made from this annotation on these tiles."""
-    grid = hashlib.sha256(json.dumps(source.keys.to_pydict()).encode()).hexdigest()
     return Stamp.of(
         "labels",
         algorithm=ALGORITHM,
-        made_from={"tiles": grid, "annotation": annotation.content, "min_share": MIN_SHARE},
+        made_from={
+            "tiles": grid_fingerprint(source),
+            "annotation": annotation.content,
+            "min_share": MIN_SHARE,
+        },
     )
+
+
+def grid_fingerprint(source: TileSource) -> str:
+    """Hash of a slide's tile names and places: all of its tiles that bears on labels."""
+    return hashlib.sha256(json.dumps(source.keys.to_pydict()).encode()).hexdigest()
 
 
 def label_slide(folder: SlideFolder, source: TileSource, annotation: Annotation) -> Stamp:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from histoencoder_core.errors import SlideError
@@ -79,13 +80,13 @@ def describe_slide(folder: SlideFolder, found: FoundSlide, row: SheetRow) -> Sta
         SlideError: The slide can't be opened or read. The failure is recorded in its folder.
         StoreError: Another program's files stand in the way.
     """
+    sheet = _sheet(row)
     inputs: dict[str, Any] = {"path": str(found.path), "relative_path": found.relative}
     try:
         if not found.path.is_file():
             raise SlideError(f"{found.path}: is not there.", kind="missing")
         size, mtime_ns = signature(found.path)
         inputs |= {"size": size, "mtime_ns": mtime_ns}
-        sheet = {"mpp": row.mpp, "facts": row.facts}
         stamp = folder.stamp("slides")
         if stamp is not None and stamp.algorithm == ALGORITHM and stamp.made_from["sheet"] == sheet:
             content = files.read_json(folder.record("slides"))
@@ -103,7 +104,7 @@ def describe_slide(folder: SlideFolder, found: FoundSlide, row: SheetRow) -> Sta
             writer.image(layout.THUMBNAIL, thumbnail, stamp)
             writer.json(asdict(description), stamp)
     except Exception as error:
-        folder.record_failure("slides", error, inputs=inputs)
+        folder.record_failure("slides", error, inputs={**inputs, "sheet": sheet})
         raise
     return stamp.just_made()
 
@@ -117,23 +118,30 @@ def read_description(folder: SlideFolder) -> Description | None:
     return Description(**{name: content[name] for name in names})
 
 
-def seen_signature(folder: SlideFolder) -> tuple[str, int, int] | None:
-    """Path, size and time of the file that was last tried, whether described or failed.
+def was_tried(folder: SlideFolder, path: Path, seen: tuple[int, int], row: SheetRow) -> bool:
+    """Whether a slide was described, or failed to be, as it is now.
 
-    Returns:
-        ``(path, size, mtime_ns)``; None if the slide was never tried.
+    Args:
+        folder: The slide's folder in the store.
+        path: Its file.
+        seen: The file's `content.signature`.
+        row: Its row of ``slides.csv``: a changed row, such as a µm/px that was missing, counts.
     """
+    asked = {"path": str(path), "size": seen[0], "mtime_ns": seen[1], "sheet": _sheet(row)}
     failure = folder.failures().get("slides")
     if failure is not None:  # it came after any success: that would have cleared it
-        content = failure.get("inputs") or {}
-    elif folder.stamp("slides") is not None:
-        content = files.read_json(folder.record("slides"))
+        told = failure.get("inputs") or {}
     else:
-        return None
-    try:
-        return content["path"], content["size"], content["mtime_ns"]
-    except KeyError:
-        return None
+        stamp = folder.stamp("slides")
+        if stamp is None:
+            return False
+        content = files.read_json(folder.record("slides"))
+        told = {**content, "sheet": stamp.made_from["sheet"]}
+    return all(told.get(name) == value for name, value in asked.items())
+
+
+def _sheet(row: SheetRow) -> dict[str, Any]:
+    return {"mpp": row.mpp, "facts": row.facts}
 
 
 def _description(slide_id: str, slide: Slide, row: SheetRow, inputs: dict[str, Any]) -> Description:

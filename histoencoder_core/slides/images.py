@@ -10,13 +10,19 @@ import io
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from histoencoder_core.errors import SlideError
 from histoencoder_core.store.layout import IMAGE_FORMATS
 
 MAX_PIXELS = 20_000 * 20_000
 """Largest image decoded whole, HistoPrep's own limit."""
+
+_DEEP_MODES = ("I", "F")
+"""What Pillow's modes of more than 8 bits a channel begin with; it clips them to white."""
+
+_DAMAGES = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+"""What Pillow raises for files that are damaged."""
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -29,15 +35,10 @@ def read_image(path: Path) -> np.ndarray:
         uint8 array of shape (height, width, 3); transparent pixels are laid on white.
 
     Raises:
-        SlideError: The suffix is none of those, or the content is damaged or of another format.
+        SlideError: The suffix is none of those, the pixels have more than 8 bits, or the content
+            is damaged or of another format.
     """
-    image_format = IMAGE_FORMATS.get(path.suffix.lower())
-    if image_format is None:
-        raise SlideError(
-            f"{path}: {path.suffix or 'no suffix'} is not an image format read here; "
-            f"use one of {', '.join(sorted(IMAGE_FORMATS))}.",
-            kind="unsupported",
-        )
+    image_format = _format_of(path)
     try:
         # From memory: decoding TIFF from file descriptors in several threads at once mixes them up,
         # which gives errors and, worse, another image's pixels.
@@ -49,13 +50,52 @@ def read_image(path: Path) -> np.ndarray:
                     "convert it to a tiled, pyramidal TIFF.",
                     kind="unsupported",
                 )
+            if image.mode.startswith(_DEEP_MODES):
+                raise SlideError(
+                    f"{path}: its pixels have more than 8 bits (mode {image.mode}), and which of "
+                    "their values is white is not known; convert it to 8 bits a channel.",
+                    kind="unsupported",
+                )
             return as_rgb(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except _DAMAGES as error:
+        raise _unreadable(path, image_format, error) from error
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Read an image's width and height from its header, without decoding it.
+
+    Raises:
+        SlideError: The suffix is none of those read here, or the header is damaged or of another
+            format.
+    """
+    image_format = _format_of(path)
+    try:
+        with path.open("rb") as file, Image.open(file, formats=[image_format]) as image:
+            return image.width, image.height
+    except _DAMAGES as error:
+        raise _unreadable(path, image_format, error) from error
+
+
+def _format_of(path: Path) -> str:
+    image_format = IMAGE_FORMATS.get(path.suffix.lower())
+    if image_format is None:
         raise SlideError(
-            f"{path}: can't be decoded as {image_format} ({error}). The file is damaged, cut "
-            "short, or of another format than its name says; replace it.",
-            kind="unreadable",
-        ) from error
+            f"{path}: {path.suffix or 'no suffix'} is not an image format read here; "
+            f"use one of {', '.join(sorted(IMAGE_FORMATS))}.",
+            kind="unsupported",
+        )
+    return image_format
+
+
+def _unreadable(path: Path, image_format: str, error: BaseException) -> SlideError:
+    # Pillow would name the object in memory that it was given.
+    unknown = isinstance(error, UnidentifiedImageError)
+    why = f"it does not begin as a {image_format} file" if unknown else error
+    return SlideError(
+        f"{path}: can't be decoded as {image_format} ({why}). The file is damaged, cut "
+        "short, or of another format than its name says; replace it.",
+        kind="unreadable",
+    )
 
 
 def as_rgb(image: Image.Image) -> np.ndarray:

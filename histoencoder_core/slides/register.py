@@ -15,7 +15,10 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from histoencoder_core.errors import SlideError
+from histoencoder_core.slides.content import content_fingerprint, signature
 from histoencoder_core.slides.find import FoundSlide
+from histoencoder_core.slides.reader import open_slide
 from histoencoder_core.store import Store, files, layout
 
 log = logging.getLogger(__name__)
@@ -93,10 +96,19 @@ class Register:
         return assigned
 
     def _moved(self, slide: FoundSlide, entries: dict[str, Entry]) -> str | None:
-        """A slide whose whole folder is now mounted elsewhere keeps its id."""
+        """A slide whose whole folder is now mounted elsewhere keeps its id.
+
+        The same relative path is not enough: while one share is away, another may hold a slide of
+        that name. Its content tells.
+        """
         for slide_id, entry in entries.items():
             if entry.relative == slide.relative and not Path(entry.path).exists():
-                return slide_id
+                folder = self.store.slide(slide_id)
+                if folder.stamp("slides") is None:
+                    return slide_id  # it was never opened, so there is nothing to mix up
+                told = files.read_json(folder.record("slides"))
+                if told["size"] == signature(slide.path)[0] and told["content"] == _content(slide):
+                    return slide_id
         return None
 
     def _rebuilt(self) -> dict[str, Entry]:
@@ -122,6 +134,15 @@ class Register:
                 for entry in self.store.slide(slide_id).path.iterdir()
             )
         }
+
+
+def _content(slide: FoundSlide) -> str | None:
+    """Fingerprint of a slide's content; None if it can't be opened."""
+    try:
+        with open_slide(slide.path) as opened:
+            return content_fingerprint(slide.path, quickhash=opened.properties.get("quickhash"))
+    except SlideError:
+        return None
 
 
 def plain_id(path: Path) -> str:

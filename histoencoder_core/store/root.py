@@ -14,11 +14,11 @@ class Store:
     """A folder with one sub-folder a slide, and one for the cohort.
 
     Attributes:
-        root: The folder.
+        root: The folder, as an absolute path: also ``.`` has a name, which may be a slide's.
     """
 
     def __init__(self, root: Path | str) -> None:
-        self.root = Path(root)
+        self.root = Path(root).resolve()
 
     def slide(self, slide_id: str) -> SlideFolder:
         """The folder of a slide.

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import hashlib
+import json
+import logging
 import os
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
@@ -18,11 +21,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from histoencoder_core.errors import StoreError
+from histoencoder_core.errors import SlideError, StoreError
+from histoencoder_core.settings import fingerprint
 from histoencoder_core.slides import open_slide, read_description
-from histoencoder_core.slides.images import read_image
-from histoencoder_core.store import SlideFolder, Store, layout
-from histoencoder_core.store.tables import key_table, place_of, read_keys, read_table
+from histoencoder_core.slides.images import image_size, read_image
+from histoencoder_core.store import SlideFolder, Stamp, Store, layout
+from histoencoder_core.store.tables import Place, key_table, place_of, read_keys, read_table
+
+log = logging.getLogger(__name__)
 
 ReadTile = Callable[[int], np.ndarray]
 
@@ -36,7 +42,8 @@ class TileSource:
 
     Attributes:
         keys: Table of ``tile, x, y, w, h``.
-        upstream: Fingerprint of the tiles: of ``metadata.parquet``, or of the images' content.
+        upstream: Fingerprint of the tiles: of ``metadata.parquet``, or of the keys and
+            the images' content.
         open: Opens the source; gives a function from a row to uint8 pixels (height, width, 3).
     """
 
@@ -47,17 +54,58 @@ class TileSource:
 
 @dataclass(frozen=True)
 class TileRow:
-    """A row of ``tiles.csv``."""
+    """A row of ``tiles.csv``.
+
+    Attributes:
+        path: The image, which need not be there.
+        tile: The tile's name.
+        x: Left edge in level-0 pixels, if told.
+        y: Upper edge in level-0 pixels, if told.
+        label: The tile's label, if told.
+        line: The row's line in the file.
+        mistake: What is wrong with the row, so that only its own slide fails.
+    """
 
     path: Path
     tile: str
     x: int | None
     y: int | None
     label: str | None
+    line: int
+    mistake: str | None = None
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """What ``tiles.csv`` says: rows by slide, and all their images, in folders resolved."""
+
+    rows: dict[str, list[TileRow]]
+    images: frozenset[Path]
+
+
+def slide_ids_with_tiles(store: Store, *, but: Collection[str] = ()) -> list[str]:
+    """Ids of all slides that have tiles, whatever made them, without opening any table.
+
+    Args:
+        store: The store.
+        but: Ids of slides to pass over.
+
+    Returns:
+        The ids, sorted. `tile_source` raises for those whose tiles can't be used.
+
+    Raises:
+        StoreError: ``tiles.csv`` can't be read.
+    """
+    listing = _listing(store)
+    ids = {*store.slide_ids(), *listing.rows, _root_id(store)}
+    return [slide_id for slide_id in sorted(ids.difference(but)) if _has(store, slide_id, listing)]
 
 
 def find_sources(store: Store, *, but: Collection[str] = ()) -> dict[str, TileSource]:
-    """All slides of a store that have tiles, whatever made them.
+    """All slides of a store whose tiles can be used, whatever made them.
+
+    A slide whose tiles can't be used is logged and left out: one damaged file does not stop the
+    others.
 
     Args:
         store: The store.
@@ -67,50 +115,98 @@ def find_sources(store: Store, *, but: Collection[str] = ()) -> dict[str, TileSo
         The tiles by slide.
 
     Raises:
-        StoreError: ``tiles.csv`` or a foreign table can't be read.
+        StoreError: ``tiles.csv`` can't be read.
     """
-    listed = read_tiles_csv(store)
-    ids = {*store.slide_ids(), *listed}
-    if _images_in(store.root):
-        ids.add(_root_id(store))
-    wanted = sorted(ids.difference(but))
-    sources = {slide_id: _source(store, slide_id, listed) for slide_id in wanted}
-    return {slide_id: source for slide_id, source in sources.items() if source is not None}
+    listing = _listing(store)
+    sources = {}
+    for slide_id in slide_ids_with_tiles(store, but=but):
+        try:
+            source = _source(store, slide_id, listing)
+        except StoreError as error:
+            log.warning("Passing over the tiles of %s: %s", slide_id, error)
+            continue
+        if source is not None:
+            sources[slide_id] = source
+    return sources
 
 
 def tile_source(store: Store, slide_id: str) -> TileSource | None:
     """The tiles of one slide; None if there are none yet.
 
     Raises:
-        StoreError: ``tiles.csv`` or a foreign table can't be read.
+        StoreError: ``tiles.csv`` or a foreign table can't be read, or this slide's rows of
+            ``tiles.csv`` hold a mistake or name an image that is not there.
     """
-    return _source(store, slide_id, read_tiles_csv(store))
+    return _source(store, slide_id, _listing(store))
 
 
-def _source(store: Store, slide_id: str, listed: dict[str, list[TileRow]]) -> TileSource | None:
+def _has(store: Store, slide_id: str, listing: _Listing) -> bool:
+    """Whether `_source` finds tiles, or what should be tiles but can't be used."""
+    if slide_id in listing.rows:
+        return True
+    try:
+        if _unlisted_images(store, slide_id, listing):
+            return True
+    except StoreError:
+        return True
+    return store.slide(slide_id).stamp("tiles") is not None
+
+
+def _source(store: Store, slide_id: str, listing: _Listing) -> TileSource | None:
     folder = store.slide(slide_id)
     stamp = folder.stamp("tiles")
     if stamp is not None:
-        return _own_tiles(folder, stamp.fingerprint)
-    if slide_id in listed:
-        return _listed_images(listed[slide_id])
-    images = _images_in(folder.file(layout.TILES)) or _images_in(folder.path)
-    if not images and store.root.name and slide_id == _root_id(store):
-        images = _images_in(store.root)
+        return _own_tiles(folder, stamp)
+    if slide_id in listing.rows:
+        return _listed_images(store, listing.rows[slide_id])
+    images = _unlisted_images(store, slide_id, listing)
     return _foreign_images(folder, images) if images else None
+
+
+def _unlisted_images(store: Store, slide_id: str, listing: _Listing) -> list[Path]:
+    """The images in a slide's folder that ``tiles.csv`` does not give to a slide already."""
+    folder = store.slide(slide_id)
+    folders = [folder.file(layout.TILES), folder.path]
+    if slide_id == _root_id(store):
+        folders.append(store.root)
+    for path in folders:
+        images = _images_in(path)
+        if images and listing.images:
+            place = path.resolve()
+            images = [image for image in images if place / image.name not in listing.images]
+        if images:
+            return images
+    return []
 
 
 def read_tiles_csv(store: Store) -> dict[str, list[TileRow]]:
     """Read the optional ``tiles.csv``: ``path, slide, x, y, label``; only ``path`` is required.
 
     Returns:
-        Rows by slide. Without a column ``slide``, the folder an image lies in is the slide.
+        Rows by slide. Without a column ``slide``, the folder an image lies in is the slide, or the
+        one above where that is called ``tiles``, as HistoPrep does. The images need not be there.
 
     Raises:
-        StoreError: The table can't be read, or names an image that is not there.
+        StoreError: The table can't be read, or a row names no slide that can be.
     """
-    if not store.tiles_csv.is_file():
-        return {}
+    return dict(_listing(store).rows)
+
+
+def _listing(store: Store) -> _Listing:
+    try:
+        stat = store.tiles_csv.stat()
+    except FileNotFoundError:
+        return _Listing({}, frozenset())
+    except OSError as error:
+        raise StoreError(f"{store.tiles_csv}: can't be read ({error}).") from error
+    return _read_listing(store.root, (stat.st_ino, stat.st_size, stat.st_mtime_ns))
+
+
+# Slides are opened one by one, and each needs the whole table.
+@functools.lru_cache(maxsize=2)
+def _read_listing(root: Path, _version: tuple[int, int, int]) -> _Listing:
+    store = Store(root)
+    rows: dict[str, dict[Path, TileRow]] = {}
     try:
         with store.tiles_csv.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, skipinitialspace=True)
@@ -119,31 +215,48 @@ def read_tiles_csv(store: Store) -> dict[str, list[TileRow]]:
                     f"{store.tiles_csv}: needs a column 'path'; it may have "
                     f"{', '.join(TILES_CSV_COLUMNS)}."
                 )
-            rows: dict[str, dict[Path, TileRow]] = {}
             for line in reader:
-                where = f"{store.tiles_csv}, line {reader.line_num}"
-                slide_id, row = _tile_row(store, line, where)
+                slide_id, row = _tile_row(store, line, reader.line_num)
                 listed = rows.setdefault(slide_id, {})
                 if row.path in listed:
-                    raise StoreError(f"{where}: {row.path} is named twice for {slide_id}.")
+                    row = replace(row, mistake=f"{row.path} is named twice for {slide_id}.")
                 listed[row.path] = row
-            return {slide_id: _named(store, listed) for slide_id, listed in rows.items()}
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise StoreError(f"{store.tiles_csv}: can't be read ({error}).") from error
+    resolved = functools.cache(Path.resolve)  # thousands of images share a folder
+    images = (path for listed in rows.values() for path in listed)
+    return _Listing(
+        {slide_id: _named(store, listed) for slide_id, listed in rows.items()},
+        frozenset(resolved(path.parent) / path.name for path in images),
+    )
 
 
-def _tile_row(store: Store, line: dict[str, str], where: str) -> tuple[str, TileRow]:
+def _tile_row(store: Store, line: dict[str, str], number: int) -> tuple[str, TileRow]:
     path = store.root / (line["path"] or "").strip()
-    if not path.is_file():
-        raise StoreError(f"{where}: {path} is not there. Paths are relative to {store.root}.")
-    slide_id = (line.get("slide") or path.parent.name).strip()
-    store.slide(slide_id)  # refuses an id that can't be a folder
+    slide_id = (line.get("slide") or "").strip() or _slide_of(store, path)
+    if not layout.is_slide_id(slide_id):
+        raise StoreError(
+            f"{store.tiles_csv}, line {number}: {slide_id!r} can't be a slide's id; use letters, "
+            "digits, '.', '_' and '-', beginning with a letter or digit, at most 200."
+        )
+    x = y = mistake = None
     try:
         x, y = (int(text) if (text := (line.get(k) or "").strip()) else None for k in "xy")
     except ValueError as error:
-        raise StoreError(f"{where}: x and y must be whole level-0 pixels ({error}).") from error
+        mistake = f"x and y must be whole level-0 pixels ({error})."
     label = (line.get("label") or "").strip() or None
-    return slide_id, TileRow(path, path.stem, x, y, label)
+    return slide_id, TileRow(path, path.stem, x, y, label, number, mistake)
+
+
+def _slide_of(store: Store, path: Path) -> str:
+    """The slide that an image belongs to by the folder it lies in."""
+    folder = Path(os.path.normpath(path)).parent
+    if folder == store.root:
+        return _root_id(store)
+    # A folder ``tiles`` of the store itself is found as a slide of that name.
+    if folder.name == layout.TILES and folder.parent != store.root:
+        folder = folder.parent
+    return folder.name
 
 
 def _named(store: Store, rows: dict[Path, TileRow]) -> list[TileRow]:
@@ -153,15 +266,22 @@ def _named(store: Store, rows: dict[Path, TileRow]) -> list[TileRow]:
     return [replace(rows[path], tile=name) for path, name in zip(paths, names, strict=True)]
 
 
-def _own_tiles(folder: SlideFolder, fingerprint: str) -> TileSource:
+def _own_tiles(folder: SlideFolder, stamp: Stamp) -> TileSource:
     table = read_table(folder.record("tiles"))
     keys = table.select(["tile", "x", "y", "w", "h"])
     images = folder.file(layout.TILES)
     if images.is_dir():
         paths = [images / f"{name}.jpeg" for name in keys.column("tile").to_pylist()]
         # JPEG compression changes pixels, so features of images are not those of the slide.
-        return TileSource(keys, lambda: f"{fingerprint}:images", lambda: _open_images(paths))
-    return TileSource(keys, lambda: fingerprint, lambda: _open_slide_tiles(folder, table))
+        upstream = f"{stamp.fingerprint}:images"
+        return TileSource(keys, lambda: upstream, lambda: _open_images(paths))
+
+    def pixels() -> str:
+        # Of the tiles, only this bears on their pixels: other metrics need no new features.
+        places = table.select(["tile", "x", "y", "w", "h", "level"]).to_pydict()
+        return fingerprint({"slide": stamp.made_from["slide"], **places})
+
+    return TileSource(keys, pixels, lambda: _open_slide_tiles(folder, table))
 
 
 @contextlib.contextmanager
@@ -182,18 +302,24 @@ def _open_images(paths: list[Path]) -> Iterator[ReadTile]:
     yield lambda i: read_image(paths[i])
 
 
-def _listed_images(rows: list[TileRow]) -> TileSource:
+def _listed_images(store: Store, rows: list[TileRow]) -> TileSource:
     paths = [row.path for row in rows]
-    places = []
-    for row in rows:
-        height, width = read_image(row.path).shape[:2] if row.x is not None else (0, 0)
-        known = row.x is not None and row.y is not None
-        places.append((row.x, row.y, width, height) if known else place_of(row.path.stem))
-    return TileSource(
-        key_table([row.tile for row in rows], places),  # type: ignore[arg-type]
-        lambda: _images_fingerprint(paths),
-        lambda: _open_images(paths),
-    )
+    keys = key_table([row.tile for row in rows], [_listed_place(store, row) for row in rows])
+    return TileSource(keys, lambda: _images_fingerprint(keys, paths), lambda: _open_images(paths))
+
+
+def _listed_place(store: Store, row: TileRow) -> Place | None:
+    where = f"{store.tiles_csv}, line {row.line}"
+    if row.mistake is not None:
+        raise StoreError(f"{where}: {row.mistake}")
+    if not row.path.is_file():
+        raise StoreError(f"{where}: {row.path} is not there. Paths are relative to {store.root}.")
+    if row.x is None or row.y is None:
+        return place_of(row.path.stem)
+    try:
+        return row.x, row.y, *image_size(row.path)
+    except SlideError as error:
+        raise StoreError(f"{where}: {error}") from error
 
 
 def _foreign_images(folder: SlideFolder, paths: list[Path]) -> TileSource:
@@ -208,11 +334,8 @@ def _foreign_images(folder: SlideFolder, paths: list[Path]) -> TileSource:
             for name, *place in zip(*columns, strict=True)
         }
         places = [by_name.get(n) or p for n, p in zip(names, places, strict=True)]  # type: ignore[misc]
-    return TileSource(
-        key_table(names, places),
-        lambda: _images_fingerprint(paths),
-        lambda: _open_images(paths),
-    )
+    keys = key_table(names, places)
+    return TileSource(keys, lambda: _images_fingerprint(keys, paths), lambda: _open_images(paths))
 
 
 def _unique_names(paths: list[Path], root: Path) -> list[str]:
@@ -226,18 +349,21 @@ def _unique_names(paths: list[Path], root: Path) -> list[str]:
 
 
 def _images_in(folder: Path) -> list[Path]:
-    if not folder.is_dir():
+    try:
+        return sorted(
+            path
+            for path in folder.iterdir()
+            if path.suffix.lower() in layout.IMAGE_FORMATS
+            and not path.name.startswith((".", *_OUR_PICTURES))
+        )
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in layout.IMAGE_FORMATS
-        and not path.name.startswith((".", *_OUR_PICTURES))
-    )
+    except OSError as error:
+        raise StoreError(f"{folder}: can't be listed ({error}).") from error
 
 
-def _images_fingerprint(paths: list[Path]) -> str:
-    digest = hashlib.sha256()
+def _images_fingerprint(keys: pa.Table, paths: list[Path]) -> str:
+    digest = hashlib.sha256(json.dumps(keys.to_pydict()).encode())
     for path in paths:
         content = path.read_bytes()
         digest.update(f"{path.name}:{len(content)}\n".encode())
@@ -247,5 +373,5 @@ def _images_fingerprint(paths: list[Path]) -> str:
 
 def _root_id(store: Store) -> str:
     """The slide's id where the input folder itself holds the images."""
-    name = store.root.resolve().name
+    name = store.root.name
     return name if layout.is_slide_id(name) else "slide"

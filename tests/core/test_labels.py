@@ -19,7 +19,8 @@ from histoencoder_core.labels import (
     label_slide,
     labels_stamp,
 )
-from histoencoder_core.labels.annotations import read_geojson
+from histoencoder_core.labels.annotations import read_geojson, unmatched_annotations
+from histoencoder_core.slides import FoundSlide, Register
 from histoencoder_core.store import Store
 from histoencoder_core.store.tables import key_table, read_table
 from histoencoder_core.tiles import TileSource, tile_source
@@ -217,6 +218,41 @@ def test_labels_for_tiles_from_a_csv(store: Store, tmp_path: Path) -> None:
         "x100_y0_w100_h100": "tumour",
         "x200_y100_w100_h100": "stroma",
     }
+
+
+def test_annotations_name_slides_as_people_know_them(store: Store, tmp_path: Path) -> None:
+    relatives = ["CMU (1).svs", "b/B.svs", "B.svs", "c/C.tif", "d/D.ndpi", "E.svs"]
+    Register(store).assign(FoundSlide(tmp_path / name, name) for name in relatives)
+    ids = list(Register(store).entries())
+    second_b = ids[2]
+    assert ids == ["CMU_1", "B", second_b, "C", "D", "E"]
+    folder = tmp_path / "annotations"
+    here = {}
+    for slide_id, name in [
+        ("CMU_1", "CMU (1).geojson"),
+        ("B", "B.geojson"),
+        (second_b, "B.svs.geojson"),  # its path, which goes before the other's file name
+        ("C", "c/C.tif.json"),
+        ("D", "D.ndpi.GeoJSON"),
+    ]:
+        polygon = feature(ring(0, 0, 100, 100), **classified(slide_id))
+        here[slide_id] = [save(folder / name, polygon)]
+    lost = save(folder / "CMU-1.geojson", feature(ring(0, 0, 9, 9), **classified("x")))
+    table = folder / "site.CSV"
+    table.write_text("slide,x,y,label\nE.svs,0,0,in E\nD,100,0,in D\nF,0,0,in F\n")
+    here["D"].append(table)
+    here["E"] = [table]
+    assert find_annotations(store, folder, ids) == here
+    assert find_annotations(store, folder, ["C"]) == {"C": here["C"]}
+    assert unmatched_annotations(store, folder, ids) == [str(lost), f"{table}: F"]
+    assert unmatched_annotations(store, folder, [*ids, "F"]) == [str(lost)]
+    assert unmatched_annotations(store, None, ids) == []
+    annotation = find_annotation(store, folder, "E")
+    assert annotation is not None
+    assert annotation.points == {(0, 0): "in E"}
+    annotation = find_annotation(store, folder, second_b)
+    assert annotation is not None
+    assert [label for label, _ in annotation.polygons] == [second_b]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from PIL import Image
 
 from histoencoder_core.errors import SlideError
 from histoencoder_core.slides import Slide, open_slide
-from histoencoder_core.slides.images import on_white, read_image
+from histoencoder_core.slides.images import image_size, on_white, read_image
 
 UIDS = ("1.2.3.1", "1.2.3.2")
 
@@ -241,8 +241,24 @@ def test_a_tile_image_of_another_format_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SlideError, match=r"tile\.webp: \.webp is not an image format read here"):
         read_image(tmp_path / "tile.webp")
     (tmp_path / "tile.webp").rename(tmp_path / "tile.png")
-    with pytest.raises(SlideError, match=r"tile\.png: can't be decoded as PNG"):
+    with pytest.raises(SlideError, match=r"tile\.png: can't be decoded as PNG") as caught:
         read_image(tmp_path / "tile.png")
+    assert "BytesIO" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("a.png", np.uint16), ("a.tif", np.uint16), ("b.tif", np.float32), ("c.tif", np.int32)],
+)
+def test_a_tile_image_of_more_than_8_bits_is_refused(
+    tmp_path: Path, name: str, dtype: type
+) -> None:
+    # Pillow would clip all of it to white.
+    Image.fromarray(np.full((8, 12), 3000, dtype)).save(tmp_path / name)
+    assert image_size(tmp_path / name) == (12, 8)
+    with pytest.raises(SlideError, match=r"more than 8 bits.*convert it to 8 bits") as caught:
+        read_image(tmp_path / name)
+    assert caught.value.kind == "unsupported"
 
 
 def test_a_jpeg_cut_short_is_refused(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from histoencoder_core.slides import (
     read_description,
 )
 from histoencoder_core.slides.content import content_fingerprint
-from histoencoder_core.slides.describe import seen_signature
+from histoencoder_core.slides.describe import was_tried
 from histoencoder_core.slides.find import find_pattern, parts_of
 from histoencoder_core.slides.sheet import SheetRow
 from histoencoder_core.store import Store
@@ -135,7 +135,11 @@ def test_what_is_known_of_a_slide(store: Store, tmp_path: Path) -> None:
         assert thumbnail.size == (501, 403)
         assert np.abs(np.asarray(thumbnail).astype(int) - first).mean() < 4
     stat = path.stat()
-    assert seen_signature(folder) == (str(path), stat.st_size, stat.st_mtime_ns)
+    seen = stat.st_size, stat.st_mtime_ns
+    row = SheetRow(facts={"patient": "P7"})
+    assert was_tried(folder, path, seen, row)
+    assert not was_tried(folder, path, (stat.st_size, stat.st_mtime_ns + 1), row)
+    assert not was_tried(folder, path, seen, SheetRow(mpp=0.5))
 
 
 def test_a_slide_is_described_once(
@@ -240,11 +244,10 @@ def test_a_slide_that_fails_leaves_its_reason_and_harms_no_other(
         assert failure["kind"] == caught.value.kind
         # Only the reason is left, and what was tried, so that it is not tried over and over.
         assert set(contents(store.slide(slide_id).path)) == {"failures.json"}
-        assert seen_signature(store.slide(slide_id)) == (
-            str(slide.path),
-            slide.path.stat().st_size,
-            slide.path.stat().st_mtime_ns,
-        )
+        stat = slide.path.stat()
+        seen = stat.st_size, stat.st_mtime_ns
+        assert was_tried(store.slide(slide_id), slide.path, seen, SheetRow())
+        assert not was_tried(store.slide(slide_id), slide.path, seen, SheetRow(mpp=0.5))
     assert contents(folder.path) == before
 
 

@@ -22,6 +22,7 @@ from histoencoder_core.store.tables import (
     widen,
 )
 from histoencoder_core.tiles import TileSource, find_sources, tile_source
+from histoencoder_core.tiles.source import slide_ids_with_tiles
 
 
 def save_images(folder: Path, *names: str) -> None:
@@ -143,16 +144,97 @@ def test_tiles_of_one_slide_from_several_folders_keep_apart(store: Store) -> Non
         ("file,slide\nimg/1.png,S\n", "needs a column 'path'"),
         ("path,slide,x,y\nimg/1.png,S,1.5,2\n", "line 2: x and y must be whole"),
         ("path,slide\nimg/1.png,S\nimg/1.png,S\n", r"line 3: .*img/1\.png is named twice for S"),
-        ("path,slide\nimg/1.png,../S\n", r"'\.\./S' can't be a slide's id"),
+        ("path,slide\nimg/1.png,../S\n", r"line 2: '\.\./S' can't be a slide's id"),
+        ("path,slide,x,y\nimg/half.png,S,1,2\n", r"line 2: .*half\.png: can't be decoded as PNG"),
     ],
 )
 def test_mistakes_in_the_table_are_told(store: Store, text: str, told: str) -> None:
     save_images(store.root / "img", "1.png")
+    (store.root / "img" / "half.png").write_bytes(b"\x89PNG")
     store.tiles_csv.write_text(text)
     with pytest.raises(StoreError, match=told) as caught:
-        find_sources(store)
-    if "line" in told:
-        assert str(store.tiles_csv) in str(caught.value)
+        tile_source(store, "S")
+    assert str(store.tiles_csv) in str(caught.value)
+
+
+def test_what_spoils_one_slide_does_not_stop_the_others(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    for slide_id in ("good", "torn"):
+        save_images(store.slide(slide_id).path, "1.png")
+    store.slide("torn").record("tiles").write_bytes(b"PAR1 torn")
+    save_images(store.root / "listed", "1.png")
+    store.tiles_csv.write_text("path,slide\nlisted/1.png,whole\nlisted/lost.png,lost\n")
+    assert slide_ids_with_tiles(store) == ["good", "lost", "torn", "whole"]
+    assert slide_ids_with_tiles(store, but=["torn", "whole"]) == ["good", "lost"]
+    assert list(find_sources(store)) == ["good", "whole"]
+    assert "torn/metadata.parquet" in caplog.text
+    assert "tiles.csv, line 3" in caplog.text
+    with pytest.raises(StoreError, match=r"torn/metadata\.parquet"):
+        tile_source(store, "torn")
+    store.tiles_csv.write_text("image\nlisted/1.png\n")
+    for find in (slide_ids_with_tiles, find_sources):
+        with pytest.raises(StoreError, match="needs a column 'path'"):
+            find(store)
+
+
+def test_an_image_in_the_table_is_counted_once(store: Store) -> None:
+    save_images(store.root, "flat.png")
+    save_images(store.root / "all" / "tiles", "1.png", "2.png")
+    save_images(store.root / "some", "1.png", "2.png")
+    listed = ["flat.png", "all/tiles/1.png", "some/../all/tiles/2.png", store.root / "some/1.png"]
+    store.tiles_csv.write_text("path,slide\n" + "".join(f"{path},S\n" for path in listed))
+    assert slide_ids_with_tiles(store) == ["S", "some"]
+    sources = find_sources(store)
+    assert {slide_id: source.keys.num_rows for slide_id, source in sources.items()} == {
+        "S": 4,
+        "some": 1,
+    }
+    assert names_of(tile_source(store, "some")) == ["2"]
+    assert tile_source(store, "all") is None
+
+
+def test_a_table_without_slides_goes_by_the_folders(store: Store) -> None:
+    images = {"a/tiles/1.png": "a", "b/1.png": "b", "tiles/1.png": "tiles", "1.png": "store"}
+    for image in images:
+        save_images((store.root / image).parent, "1.png")
+    without = slide_ids_with_tiles(store)
+    store.tiles_csv.write_text("path\n" + "\n".join(images))
+    assert slide_ids_with_tiles(store) == without == sorted(images.values())
+    assert all(names_of(source) == ["1"] for source in find_sources(store).values())
+
+
+def test_a_folder_named_by_a_dot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_images(tmp_path / "flat", "1.png")
+    monkeypatch.chdir(tmp_path / "flat")
+    source = tile_source(Store("."), "flat")
+    assert names_of(source) == ["1"]
+    assert list(find_sources(Store("."))) == ["flat"]
+
+
+def test_other_places_of_the_same_pixels_are_other_tiles(store: Store) -> None:
+    save_images(store.root / "img", "1.png", "2.png")
+
+    def upstream(*lines: str) -> str:
+        store.tiles_csv.write_text("path,slide,x,y\n" + "\n".join(lines))
+        source = tile_source(store, "S")
+        assert source is not None
+        return source.upstream()
+
+    before = upstream("img/1.png,S,0,0", "img/2.png,S,20,0")
+    assert upstream("img/1.png,S,0,0", "img/2.png,S,40,0") != before
+    assert upstream("img/1.png,S,0,0", "img/2.png,S,20,0") == before
+
+
+def test_places_in_the_table_need_no_decoding(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_images(store.root / "img", "1.png")
+    store.tiles_csv.write_text("path,slide,x,y\nimg/1.png,S,5,6\n")
+    monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("decoded"))
+    source = tile_source(store, "S")
+    assert source is not None
+    assert places_of(source) == [(5, 6, 20, 10)]
 
 
 def test_a_damaged_image_is_named(store: Store) -> None:
