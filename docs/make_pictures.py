@@ -51,7 +51,10 @@ def asset_graph() -> None:
         with sync_playwright() as play:
             browser = play.chromium.launch(executable_path="/usr/bin/chromium", args=_CHROMIUM)
             page = browser.new_page(viewport={"width": 2000, "height": 900})
-            page.goto(f"{address}/asset-groups?expanded=slide,clusters,cohort")
+            # What the last asset is made from is every asset.
+            page.goto(
+                f"{address}/assets/cluster_purity?view=lineage&lineageScope=upstream&lineageDepth=9"
+            )
             page.wait_for_timeout(15_000)
             page.screenshot(path=PICTURES / "asset-graph.png")
             browser.close()

@@ -17,7 +17,8 @@ _requested_since = _Condition.newly_requested() & ~_updated
 AFTER_ITS_INPUTS = (
     (_Condition.newly_missing() | _updated).since(_requested_since)
     & ~_Condition.any_deps_match(_Condition.missing())
-    & ~_Condition.any_deps_in_progress()
+    # Not their backfills: Dagster notices up to half a minute later that one of those has ended.
+    & ~_Condition.any_deps_match(_Condition.run_in_progress())
     & ~_Condition.in_progress()
 ).with_label("after_its_inputs")
 """For a slide's stage: all that it is made from is there, and some of it is new."""

@@ -6,6 +6,9 @@ from typing import Any
 import dagster as dg
 from dagster._core.definitions.data_version import (
     CODE_VERSION_TAG,
+    DATA_VERSION_TAG,
+    DEFAULT_DATA_VERSION,
+    compute_logical_data_version,
     extract_data_version_from_entry,
     get_input_data_version_tag,
     get_input_event_pointer_tag,
@@ -66,11 +69,15 @@ def each_slide(context: dg.AssetExecutionContext, work: Callable[[str], Metadata
 def _provenance(context: dg.AssetExecutionContext) -> dict[str, str]:
     """The tags by which Dagster tells what is out of date, as on the events it writes itself."""
     spec = context.assets_def.get_asset_spec(context.asset_key)
-    tags = {CODE_VERSION_TAG: spec.code_version or context.run_id}
-    for dep in spec.deps:
-        record = context.instance.get_latest_data_version_record(dep.asset_key)
+    code_version = spec.code_version or context.run_id
+    tags = {CODE_VERSION_TAG: code_version}
+    inputs = {}
+    for key in [dep.asset_key for dep in spec.deps]:
+        record = context.instance.get_latest_data_version_record(key)
         if record is not None:
             version = extract_data_version_from_entry(record.event_log_entry)
-            tags[get_input_data_version_tag(dep.asset_key)] = version.value if version else ""
-            tags[get_input_event_pointer_tag(dep.asset_key)] = str(record.storage_id)
+            inputs[key] = version or DEFAULT_DATA_VERSION
+            tags[get_input_data_version_tag(key)] = inputs[key].value
+            tags[get_input_event_pointer_tag(key)] = str(record.storage_id)
+    tags[DATA_VERSION_TAG] = compute_logical_data_version(code_version, inputs).value
     return tags

@@ -12,7 +12,7 @@ from histoencoder_dagster.assets import ALL_ASSETS  # noqa: E402
 from histoencoder_dagster.checks import ALL_CHECKS  # noqa: E402
 from histoencoder_dagster.jobs import ALL_JOBS  # noqa: E402
 from histoencoder_dagster.resources import Platform  # noqa: E402
-from histoencoder_dagster.sensors import ALL_SENSORS  # noqa: E402
+from histoencoder_dagster.sensors import platform_sensors  # noqa: E402
 from histoencoder_dagster.versions import with_settings  # noqa: E402
 
 
@@ -22,7 +22,7 @@ def platform_definitions(settings: PlatformSettings) -> dg.Definitions:
         assets=with_settings(ALL_ASSETS, settings),
         asset_checks=ALL_CHECKS,
         jobs=ALL_JOBS,
-        sensors=ALL_SENSORS,
+        sensors=platform_sensors(settings),
         resources={"platform": Platform(settings)},
         executor=dg.in_process_executor,
     )

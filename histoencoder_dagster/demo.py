@@ -19,10 +19,9 @@ from histoencoder_core.clusters import current_model
 from histoencoder_core.cohort import run_sql, slide_states
 from histoencoder_core.demo import fetch_cmu_small_region, make_synthetic_cohort
 from histoencoder_core.errors import HistoEncoderError
-from histoencoder_core.labels import find_annotations
 from histoencoder_core.settings import PlatformSettings
 from histoencoder_core.store import Store, layout
-from histoencoder_dagster.partitions import slide_partitions
+from histoencoder_dagster.partitions import SLIDES
 from histoencoder_dagster.resources import Platform
 from histoencoder_dagster.sensors import RANGE_END, RANGE_START, contiguous_batches
 
@@ -91,8 +90,8 @@ def _materialise() -> list[str]:
     platform = Platform(PlatformSettings())
     ran: list[str] = []
     with dg.DagsterInstance.get() as instance:
-        instance.add_dynamic_partitions(slide_partitions.name, list(platform.register_slides()))
-        order = instance.get_dynamic_partitions(slide_partitions.name)
+        instance.add_dynamic_partitions(SLIDES, list(platform.register_slides()))
+        order = instance.get_dynamic_partitions(SLIDES)
 
         def run(selection: str | dg.AssetSelection, batch: Sequence[str] = ()) -> None:
             name = selection if isinstance(selection, str) else "checks"
@@ -135,7 +134,7 @@ def _due(platform: Platform, stage: layout.Stage) -> set[str]:
         tiling=settings.tiling,
         encoder=settings.encoder,
         model=current_model(store),
-        annotated=find_annotations(store, settings.annotations_folder, store.slide_ids()),
+        annotations=settings.annotations_folder,
     )
     due = {"missing", "stale", "failed"}
     return {state.slide for state in states if state.stage == stage and state.state in due}
@@ -155,8 +154,8 @@ def _report(folder: Path, ran: list[str], seconds: float) -> None:
         f"  histoencoder status -i {shown}/store             what is done, and what is not\n"
         f'  histoencoder sql -i {shown}/store "from slide_composition"   ask it anything\n'
         f"  {shown}/store/CMU-1-Small-Region/thumbnail_clusters.jpeg   a slide's clusters\n"
-        "The synthetic slides are drawn, not scanned, and the encoder was trained on other tissue\n"
-        "for other ends: the numbers show how the platform works, not how good an encoder is."
+        "The synthetic slides are drawn, not scanned, and the encoder is a stand-in: the numbers\n"
+        "show how the platform works, not what an encoder knows."
     )
 
 

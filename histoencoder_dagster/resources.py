@@ -1,11 +1,14 @@
 """What assets and sensors are given: the deployment, opened."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from histoencoder_core.features import Encoder, load_encoder
 from histoencoder_core.settings import PlatformSettings
 from histoencoder_core.slides import FoundSlide, Register, Sheet, find_slides
 from histoencoder_core.store import Store
+
+if TYPE_CHECKING:
+    from histoencoder_core.features import Encoder
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,11 @@ class Platform:
         """Find all slides and give the new ones their ids."""
         return Register(self.store).assign(find_slides(self.settings.slides))
 
-    def encoder(self) -> Encoder:
+    def encoder(self) -> "Encoder":
         """The encoder, loaded once a process."""
+        # Every run is a process of its own, and most need none of the seconds this import takes.
+        from histoencoder_core.features import load_encoder
+
         return load_encoder(
             self.settings.encoder,
             weights_folder=self.settings.weights_folder,

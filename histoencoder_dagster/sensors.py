@@ -11,6 +11,7 @@ import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypedDict
 
 import dagster as dg
 from dagster import DagsterRunStatus, RunsFilter
@@ -18,11 +19,13 @@ from dagster import DagsterRunStatus, RunsFilter
 from histoencoder_core.clusters import current_model
 from histoencoder_core.errors import HistoEncoderError, SettingsError
 from histoencoder_core.labels import find_annotations
-from histoencoder_core.settings import fingerprint
+from histoencoder_core.settings import PlatformSettings, fingerprint
+from histoencoder_core.slides import Sheet
 from histoencoder_core.slides.content import signature
-from histoencoder_core.slides.describe import seen_signature
+from histoencoder_core.slides.describe import was_tried
 from histoencoder_core.store import Store
-from histoencoder_core.tiles import find_sources, tile_source
+from histoencoder_core.tiles import tile_source
+from histoencoder_core.tiles.source import slide_ids_with_tiles
 from histoencoder_dagster.assets import cluster_model, slides
 from histoencoder_dagster.jobs import describe_slides, fit_clusters, label_slides
 from histoencoder_dagster.partitions import SLIDES, slide_partitions
@@ -39,6 +42,12 @@ _UNFINISHED = [
     DagsterRunStatus.STARTED,
     DagsterRunStatus.CANCELING,
 ]
+
+
+class _Watching(TypedDict):
+    minimum_interval_seconds: int
+    default_status: dg.DefaultSensorStatus
+
 
 RETRY_SECONDS = 300.0
 """A slide whose run ended without a word on it is asked for again after this time, then 4 times
@@ -72,32 +81,28 @@ class _Owed:
         return replace(self, requests=self.requests + 1, not_before=now + wait)
 
 
-@dg.sensor(
-    job=describe_slides,
-    minimum_interval_seconds=15,
-    default_status=dg.DefaultSensorStatus.RUNNING,
-)
 def new_slides(
     context: dg.SensorEvaluationContext, platform: dg.ResourceParam[Platform]
 ) -> dg.SensorResult | dg.SkipReason:
     """Turn newly scanned slides into partitions, and describe them in batches.
 
-    A slide is owed until its file of this size and time was described, and Dagster recorded that,
-    or failed to be. It is asked for once it stood still over two ticks and the settle time. If its
-    run was killed it is asked for again later, alone: it may be what killed the run. The cursor
-    holds only what is owed.
+    A slide is owed until its file of this size and time, with its row of ``slides.csv``, was
+    described, and Dagster recorded that, or failed to be. It is asked for once it stood still over
+    two ticks and the settle time. If its run was killed it is asked for again later, alone: it may
+    be what killed the run. The cursor holds only what is owed.
     """
     settings, instance = platform.settings, context.instance
     if not settings.slides.is_dir():
         return dg.SkipReason(f"the folder of slides {settings.slides} is not there")
     try:
-        platform.sheet()
+        sheet = platform.sheet()
     except SettingsError as error:  # each slide would fail, and not be asked for again
         return dg.SkipReason(str(error))
     now = time.time()
     order = instance.get_dynamic_partitions(SLIDES)
     recorded = instance.get_materialized_partitions(slides.key)
-    owed = _owed(platform, context.cursor, recorded=recorded, now=now)
+    files = _files_owed(platform, sheet, recorded)
+    owed = _owed(platform, files, context.cursor, recorded=recorded, now=now)
     under_way = _partitions_under_way(instance, describe_slides.name, order)
     ready = [
         slide_id
@@ -120,11 +125,6 @@ def new_slides(
     )
 
 
-@dg.sensor(
-    job=label_slides,
-    minimum_interval_seconds=15,
-    default_status=dg.DefaultSensorStatus.RUNNING,
-)
 def new_annotations(
     context: dg.SensorEvaluationContext, platform: dg.ResourceParam[Platform]
 ) -> dg.SensorResult | dg.SkipReason:
@@ -148,11 +148,6 @@ def new_annotations(
     )
 
 
-@dg.sensor(
-    job=fit_clusters,
-    minimum_interval_seconds=15,
-    default_status=dg.DefaultSensorStatus.RUNNING,
-)
 def first_cluster_model(
     context: dg.SensorEvaluationContext, platform: dg.ResourceParam[Platform]
 ) -> dg.SensorResult | dg.SkipReason:
@@ -178,25 +173,34 @@ def first_cluster_model(
     return dg.SensorResult(run_requests=[dg.RunRequest(run_key=f"first-model-{ready}")])
 
 
-stages_follow = dg.AutomationConditionSensorDefinition(
-    "stages_follow_each_other",
-    target=dg.AssetSelection.groups("slide").without_checks(),
-    default_status=dg.DefaultSensorStatus.RUNNING,
-    minimum_interval_seconds=15,
-    description="Runs each stage on the slides whose stage before is new, in batches.",
-)
-
-# What two sensors ask for is never one backfill: in that, a failed slide would hold back the rest.
-cohort_follows = dg.AutomationConditionSensorDefinition(
-    "cohort_follows_slides",
-    target=dg.AssetSelection.groups("cohort").without_checks()
-    | dg.AssetSelection.all_asset_checks(),
-    default_status=dg.DefaultSensorStatus.RUNNING,
-    minimum_interval_seconds=15,
-    description="Refreshes catalog, purity and checks after any slide's stage.",
-)
-
-ALL_SENSORS = (new_slides, new_annotations, first_cluster_model, stages_follow, cohort_follows)
+def platform_sensors(settings: PlatformSettings) -> list[dg.SensorDefinition]:
+    """The sensors of one deployment; all are on from the start."""
+    watching: _Watching = {
+        "minimum_interval_seconds": settings.tick_seconds,
+        "default_status": dg.DefaultSensorStatus.RUNNING,
+    }
+    return [
+        dg.sensor(job=describe_slides, **watching)(new_slides),
+        dg.sensor(job=label_slides, **watching)(new_annotations),
+        dg.sensor(job=fit_clusters, **watching)(first_cluster_model),
+        dg.AutomationConditionSensorDefinition(
+            "stages_follow_each_other",
+            target=dg.AssetSelection.groups("slide").without_checks(),
+            description="Runs each stage on the slides whose stage before is new, in batches.",
+            **watching,
+        ),
+        # A sensor of its own, for two reasons. What two sensors ask for is never one backfill, in
+        # which a failed slide would hold back the cohort. And as each refresh is a process and a
+        # pass over all slides, there are fewer of them.
+        dg.AutomationConditionSensorDefinition(
+            "cohort_follows_slides",
+            target=dg.AssetSelection.groups("cohort").without_checks()
+            | dg.AssetSelection.all_asset_checks(),
+            description="Refreshes catalog, purity and checks after any slide's stage.",
+            minimum_interval_seconds=4 * settings.tick_seconds,
+            default_status=dg.DefaultSensorStatus.RUNNING,
+        ),
+    ]
 
 
 def contiguous_batches(
@@ -227,13 +231,17 @@ def contiguous_batches(
 
 
 def _owed(
-    platform: Platform, cursor: str | None, *, recorded: Collection[str], now: float
+    platform: Platform,
+    files: dict[str, _Seen],
+    cursor: str | None,
+    *,
+    recorded: Collection[str],
+    now: float,
 ) -> dict[str, _Owed]:
     """All slides to describe, with what the cursor tells of them."""
-    files = _files_owed(platform, recorded)
     elsewhere = {
-        slide_id: ("", source.keys.num_rows, 0)
-        for slide_id, source in find_sources(platform.store, but={*recorded, *files}).items()
+        slide_id: ("", _tiles_there(platform.store, slide_id), 0)
+        for slide_id in slide_ids_with_tiles(platform.store, but={*recorded, *files})
         if "slides" not in platform.store.slide(slide_id).failures()
     }
     before = json.loads(cursor) if cursor else {}
@@ -250,18 +258,28 @@ def _owed(
     return owed
 
 
-def _files_owed(platform: Platform, recorded: Collection[str]) -> dict[str, _Seen]:
-    """Slides whose file is not the one that was last tried, or whose success is not recorded."""
+def _tiles_there(store: Store, slide_id: str) -> int:
+    """How many tiles another program has written so far; none of a slide that can't be read."""
+    try:
+        source = tile_source(store, slide_id)
+    except HistoEncoderError:  # the asset will tell
+        return 0
+    return 0 if source is None else source.keys.num_rows
+
+
+def _files_owed(platform: Platform, sheet: Sheet, recorded: Collection[str]) -> dict[str, _Seen]:
+    """Slides that were never tried as they are now, or whose success is not recorded."""
     owed = {}
+    sheet = platform.sheet()
     for slide_id, found in platform.register_slides().items():
         try:
             size, mtime_ns = signature(found.path)
         except FileNotFoundError:  # taken away in between
             continue
-        folder, seen = platform.store.slide(slide_id), (str(found.path), size, mtime_ns)
-        told = slide_id in recorded or "slides" in folder.failures()
-        if not told or seen_signature(folder) != seen:
-            owed[slide_id] = seen
+        folder, row = platform.store.slide(slide_id), sheet.row(slide_id, relative=found.relative)
+        tried = was_tried(folder, found.path, (size, mtime_ns), row)
+        if not tried or not (slide_id in recorded or "slides" in folder.failures()):
+            owed[slide_id] = (str(found.path), size, mtime_ns)
     return owed
 
 

@@ -11,10 +11,10 @@ import dagster as dg
 
 from histoencoder_core.clusters import assign as clusters_stage
 from histoencoder_core.clusters import fit as cluster_model_stage
-from histoencoder_core.features import extraction as features_stage
 from histoencoder_core.labels import assign as labels_stage
 from histoencoder_core.settings import PlatformSettings
 from histoencoder_core.slides import describe as slides_stage
+from histoencoder_core.store import layout
 from histoencoder_core.tiles import cut as tiles_stage
 
 
@@ -23,7 +23,7 @@ def code_versions(settings: PlatformSettings) -> dict[str, str]:
     return {
         "slides": f"{slides_stage.ALGORITHM}",
         "tiles": f"{tiles_stage.ALGORITHM}-{settings.tiling.fingerprint[:8]}",
-        "features": f"{features_stage.ALGORITHM}-{settings.encoder.fingerprint[:8]}",
+        "features": f"{layout.FEATURES_ALGORITHM}-{settings.encoder.fingerprint[:8]}",
         "cluster_model": f"{cluster_model_stage.ALGORITHM}-{settings.clusters.fingerprint[:8]}",
         "clusters": f"{clusters_stage.ALGORITHM}",
         "labels": f"{labels_stage.ALGORITHM}",

@@ -5,11 +5,9 @@ import dagster as dg
 from histoencoder_core.clusters import (
     assign_slide,
     current_model,
+    ensure_model,
     feature_files,
-    fit_clusters,
-    save_model,
 )
-from histoencoder_core.clusters.fit import model_stamp
 from histoencoder_core.errors import ClusterError
 from histoencoder_core.store import layout
 from histoencoder_dagster.assets.features import features
@@ -31,12 +29,7 @@ def cluster_model(
     """
     store, settings = platform.store, platform.settings
     inputs = feature_files(store, encoder=settings.encoder)
-    model = current_model(store)
-    expected = model_stamp(inputs, settings.clusters)
-    fitted = model is None or model.stamp.fingerprint != expected.fingerprint
-    if model is None or fitted:
-        model = fit_clusters(inputs, settings.clusters)
-        save_model(store, model)
+    model, fitted = ensure_model(store, inputs, settings.clusters)
     result = model.stamp.result
     left_out = sorted(set(settings.clusters.n_clusters) - set(result["n_clusters"]))
     if left_out:

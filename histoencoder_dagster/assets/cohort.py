@@ -5,8 +5,6 @@ from collections import Counter
 import dagster as dg
 
 from histoencoder_core.cohort import build_catalog, run_sql
-from histoencoder_core.errors import LabelError
-from histoencoder_core.labels import find_annotations
 from histoencoder_core.store import layout
 from histoencoder_dagster.assets.clusters import clusters
 from histoencoder_dagster.assets.features import features
@@ -25,18 +23,15 @@ from histoencoder_dagster.resources import Platform
     automation_condition=AFTER_ANY_SLIDE,
     pool="cohort",
 )
-def catalog(
-    context: dg.AssetExecutionContext, platform: dg.ResourceParam[Platform]
-) -> dg.MaterializeResult[None]:
+def catalog(platform: dg.ResourceParam[Platform]) -> dg.MaterializeResult[None]:
     """All slides' tiles, clusters and labels in one DuckDB file, for SQL."""
     store, settings = platform.store, platform.settings
-    try:
-        annotated = list(find_annotations(store, settings.annotations_folder, store.slide_ids()))
-    except LabelError as error:  # one bad file must not hold the cohort back
-        context.log.warning(f"Which slides have annotations is not known: {error}")
-        annotated = []
+    folder = settings.annotations_folder
     summary = build_catalog(
-        store, tiling=settings.tiling, encoder=settings.encoder, annotated=annotated
+        store,
+        tiling=settings.tiling,
+        encoder=settings.encoder,
+        annotations=folder if folder.is_dir() else None,
     )
     counts = Counter((state.stage, state.state) for state in summary.states)
     open_ends = run_sql(

@@ -5,7 +5,6 @@ from typing import Any
 import dagster as dg
 
 from histoencoder_core.errors import SlideError
-from histoencoder_core.features import extract_slide
 from histoencoder_core.tiles import tile_source
 from histoencoder_dagster.assets.tiles import tiles
 from histoencoder_dagster.automation import AFTER_ITS_INPUTS
@@ -47,6 +46,8 @@ GPU_TAGS: dict[str, Any] = {
 )
 def features(context: dg.AssetExecutionContext, platform: dg.ResourceParam[Platform]) -> None:
     """A feature vector for each tile, by the deployment's encoder."""
+    from histoencoder_core.features import extract_slide  # takes seconds; see Platform.encoder
+
     store = platform.store
     encoder = platform.encoder()
 
