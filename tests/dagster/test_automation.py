@@ -1,0 +1,194 @@
+"""What is due when, as the automation sensors see it, tick by tick."""
+
+import pytest
+
+from histoencoder_core.settings import TilingSettings
+
+COHORT = {"catalog": {None}, "cluster_purity": {None}}
+
+
+@pytest.fixture
+def watched(deployment):
+    """A deployment whose automation was on before the first slide."""
+    assert deployment.due() == {}
+    return deployment
+
+
+def stages(due):
+    return {name: slides for name, slides in due.items() if slides != {None}}
+
+
+def with_model(deployment, *names):
+    """Slides all of whose stages were done before the automation was on."""
+    deployment.add(*names)
+    deployment.run_all()
+    deployment.cursors.clear()
+    assert deployment.due() == {}, "nothing is missing, so nothing is due"
+
+
+def test_each_stage_follows_the_one_before_in_a_run_of_its_own(watched):
+    watched.add("a", "b")
+    watched.run("slides")
+    told = [stages(due) for due in watched.follow()]
+    assert [due for due in told if due] == [{"tiles": {"a", "b"}}, {"features": {"a", "b"}}]
+
+
+def test_a_broken_slide_in_the_middle_does_not_keep_the_others_from_any_stage(watched):
+    """One slide fails in each stage; the good ones end in the catalog without any help."""
+    watched.add("a", "c")
+    watched.drop_broken("broken.tiff")
+    watched.drop("coarse", mpp=None)
+    ids = watched.register()
+    assert ids.index("broken") not in (0, len(ids) - 1)
+    watched.run("slides")
+    watched.follow()
+    assert watched.recorded("features") == {"a", "c"}
+    watched.change(first_fit_slides=2)
+    watched.run_requests(watched.tick("first_cluster_model"), "fit_clusters")
+    told = watched.follow()
+    assert stages(told[0]) == {"clusters": {"a", "c"}}
+    assert watched.recorded("clusters") == {"a", "c"}
+    catalog = watched.metadata("catalog")
+    assert (catalog["clusters_done"], catalog["slides_failed"]) == (2, 2)
+    assert watched.due() == {}, "what failed is not tried for ever"
+
+
+def test_a_mended_slide_goes_on_alone(watched):
+    watched.add("a", "c")
+    watched.drop("b", mpp=None)
+    watched.register()
+    watched.run("slides")
+    watched.follow()
+    assert watched.recorded("features") == {"a", "c"}
+    (watched.settings.slides / "slides.csv").write_text("slide,mpp\nb,0.5\n")
+    watched.run("slides", slides=["b"])
+    told = [stages(due) for due in watched.follow()]
+    assert [due for due in told if due] == [{"tiles": {"b"}}, {"features": {"b"}}]
+
+
+def test_clusters_are_not_due_until_there_is_a_model(watched):
+    watched.add("a", "b")
+    watched.run("slides")
+    assert not any("clusters" in due for due in watched.follow())
+    watched.run("cluster_model")
+    assert stages(watched.due()) == {"clusters": {"a", "b"}}
+
+
+def test_a_new_slide_is_assigned_and_no_other_and_nothing_is_refitted(watched):
+    with_model(watched, "a", "b", "c")
+    watched.add("a", "b", "c", "d")
+    watched.run("slides", slides=["d"])
+    told = watched.follow()
+    assert {"clusters": {"d"}} in [stages(due) for due in told]
+    assert not any("cluster_model" in due for due in told)
+    assert {s for due in told for slides in stages(due).values() for s in slides} == {"d"}
+
+
+def test_a_new_model_assigns_all_slides_anew(watched):
+    with_model(watched, "a", "b", "c")
+    watched.run("cluster_model")
+    assert stages(watched.due()) == {"clusters": {"a", "b", "c"}}
+
+
+def test_a_slide_scanned_again_goes_through_all_stages_again(watched):
+    with_model(watched, "a", "b", "c")
+    watched.drop("b.tiff", size=640)
+    watched.run("slides", slides=["b"])
+    told = [stages(due) for due in watched.follow()]
+    assert [due for due in told if due] == [{s: {"b"}} for s in ("tiles", "features", "clusters")]
+    assert watched.metadata("features", "b")["recomputed"]
+
+
+def test_cohort_and_checks_are_refreshed_although_a_slide_failed_or_is_missing(watched):
+    watched.add("a")
+    watched.drop_broken("bad.tiff")
+    watched.register()
+    watched.run("slides")
+    assert COHORT.items() <= watched.due().items()
+    watched.run("tiles", slides=["a"])
+    assert {*COHORT, "tissue_found"} <= watched.due().keys()
+    watched.run("features", slides=["a"])
+    due = watched.due()
+    assert {*COHORT, "features_finite", "feature_rows_equal_tile_rows"} <= due.keys()
+    assert "tissue_found" not in due
+    watched.run("cluster_model")
+    watched.run("clusters", slides=["a"])
+    assert "clusters_cover_every_tile" in watched.due()
+
+
+def test_labels_refresh_the_cohort(watched):
+    with_model(watched, "a", "b", "c")
+    folder = watched.settings.annotations_folder
+    folder.mkdir()
+    (folder / "labels.csv").write_text("slide,x,y,label\na,128,128,tumour\n")
+    watched.run("labels", slides=["a"])
+    assert watched.due() == COHORT
+
+
+def test_what_comes_while_the_catalog_is_built_is_not_lost(watched):
+    """The catalog read the store before the second slide was there, and was recorded after it."""
+    watched.add("a", "b")
+    watched.run("slides")
+    assert COHORT.items() <= watched.due().items()
+    watched.run("tiles", slides=["a"])
+    watched.run("catalog", "cluster_purity")
+    assert COHORT.items() <= watched.due().items()
+    watched.run("tiles", slides=["b"])
+    assert COHORT.items() <= watched.due().items()
+
+
+def test_what_comes_while_a_slide_is_encoded_is_not_lost(watched):
+    watched.add("a")
+    watched.run("slides")
+    watched.due()
+    watched.run("tiles")
+    assert watched.due()["features"] == {"a"}
+    # Scanned again before the features that were asked for are there.
+    watched.drop("a.tiff", size=640)
+    watched.run("slides")
+    watched.run("tiles")
+    watched.run("features")
+    assert watched.due()["features"] == {"a"}
+
+
+def test_the_purity_runs_with_its_catalog_and_not_once_more(watched):
+    watched.add("a")
+    watched.run("slides")
+    due = watched.due()
+    assert COHORT.items() <= due.items()
+    watched.run("catalog", "cluster_purity")
+    assert not COHORT.keys() & watched.due().keys()
+
+
+def test_another_code_version_computes_nothing_by_itself(watched):
+    with_model(watched, "a", "b", "c")
+    watched.change(tiling=TilingSettings(tile_px=64, overlap=0))
+    assert watched.due() == {}
+
+
+def test_slides_that_wait_when_the_automation_is_first_turned_on_are_taken_up(deployment):
+    deployment.add("a", "b")
+    deployment.run("slides")
+    assert stages(deployment.due()) == {"tiles": {"a", "b"}}
+
+
+def test_two_sensors_divide_the_assets_between_them(deployment):
+    """What one sensor asks for in a tick may become one backfill; see `platform_sensors`."""
+    graph = deployment.defs.resolve_asset_graph()
+    slides, cohort = (
+        {key.path[-1] for key in sensor.asset_selection.resolve(graph)}
+        | {key.name for key in sensor.asset_selection.resolve_checks(graph)}
+        for sensor in map(
+            deployment.defs.get_sensor_def, ("stages_follow_each_other", "cohort_follows_slides")
+        )
+    )
+    assert slides == {"slides", "tiles", "features", "clusters", "labels"}
+    assert cohort == {
+        "cluster_model",
+        "catalog",
+        "cluster_purity",
+        "tissue_found",
+        "features_finite",
+        "feature_rows_equal_tile_rows",
+        "clusters_cover_every_tile",
+    }
