@@ -17,7 +17,7 @@ import dagster as dg
 from dagster import DagsterRunStatus, RunsFilter
 
 from histoencoder_core.clusters import current_model
-from histoencoder_core.errors import HistoEncoderError, SettingsError
+from histoencoder_core.errors import HistoEncoderError, SettingsError, StoreError
 from histoencoder_core.labels import find_annotations
 from histoencoder_core.settings import PlatformSettings, fingerprint
 from histoencoder_core.slides import Sheet
@@ -101,8 +101,12 @@ def new_slides(
     now = time.time()
     order = instance.get_dynamic_partitions(SLIDES)
     recorded = instance.get_materialized_partitions(slides.key)
-    files = _files_owed(platform, sheet, recorded)
-    owed = _owed(platform, files, context.cursor, recorded=recorded, now=now)
+    seen = _files_owed(platform, sheet, recorded)
+    try:
+        seen |= _tiles_owed(platform.store, but={*recorded, *seen})
+    except StoreError as error:  # a faulty tiles.csv is no reason to hold back scanned slides
+        context.log.warning(str(error))
+    owed = _owed(seen, context.cursor, now=now, settle_seconds=settings.settle_seconds)
     under_way = _partitions_under_way(instance, describe_slides.name, order)
     ready = [
         slide_id
@@ -231,31 +235,29 @@ def contiguous_batches(
 
 
 def _owed(
-    platform: Platform,
-    files: dict[str, _Seen],
-    cursor: str | None,
-    *,
-    recorded: Collection[str],
-    now: float,
+    seen: dict[str, _Seen], cursor: str | None, *, now: float, settle_seconds: float
 ) -> dict[str, _Owed]:
-    """All slides to describe, with what the cursor tells of them."""
-    elsewhere = {
-        slide_id: ("", _tiles_there(platform.store, slide_id), 0)
-        for slide_id in slide_ids_with_tiles(platform.store, but={*recorded, *files})
-        if "slides" not in platform.store.slide(slide_id).failures()
-    }
+    """Slides to describe, with what the cursor tells of them."""
     before = json.loads(cursor) if cursor else {}
     owed = {}
-    for slide_id, seen in (files | elsewhere).items():
+    for slide_id, file in seen.items():
         *last_seen, requests, not_before = before.get(slide_id, [0, 0.0])
-        age = now - seen[2] / 1e9
-        if last_seen != list(seen):
-            owed[slide_id] = _Owed(seen, settled=False, requests=0, not_before=0.0)
+        if last_seen != list(file):
+            owed[slide_id] = _Owed(file, settled=False, requests=0, not_before=0.0)
             continue
         # A time in the future is that of another clock and tells nothing.
-        settled = not 0 <= age < platform.settings.settle_seconds
-        owed[slide_id] = _Owed(seen, settled, requests, not_before)
+        settled = not 0 <= now - file[2] / 1e9 < settle_seconds
+        owed[slide_id] = _Owed(file, settled, requests, not_before)
     return owed
+
+
+def _tiles_owed(store: Store, *, but: Collection[str]) -> dict[str, _Seen]:
+    """Slides that only have tiles, which another program made; their number stands for a size."""
+    return {
+        slide_id: ("", _tiles_there(store, slide_id), 0)
+        for slide_id in slide_ids_with_tiles(store, but=but)
+        if "slides" not in store.slide(slide_id).failures()
+    }
 
 
 def _tiles_there(store: Store, slide_id: str) -> int:
@@ -270,7 +272,6 @@ def _tiles_there(store: Store, slide_id: str) -> int:
 def _files_owed(platform: Platform, sheet: Sheet, recorded: Collection[str]) -> dict[str, _Seen]:
     """Slides that were never tried as they are now, or whose success is not recorded."""
     owed = {}
-    sheet = platform.sheet()
     for slide_id, found in platform.register_slides().items():
         try:
             size, mtime_ns = signature(found.path)

@@ -28,6 +28,7 @@ ASSETS = {
     ),
     "cluster_purity": (["catalog"], "cohort", None, False),
 }
+"""Of each asset: what it is made from, its group, its pool, and whether slides are partitions."""
 
 CHECKS = {
     "tissue_found": "tiles",

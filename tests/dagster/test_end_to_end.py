@@ -32,9 +32,7 @@ CHECKS = """query($key: [String!]!) {
 STALE = """query($key: [String!]!, $slide: String!) {
   assetNodeOrError(assetKey: {path: $key}) { ... on AssetNode {
     staleStatus(partition: $slide) } } }"""
-RUNS = """{ runsOrError(limit: 100) { ... on Runs { results {
-  status jobName creationTime startTime endTime assetSelection { path }
-  tags { key value } } } } }"""
+RUNS = "{ runsOrError(limit: 100) { ... on Runs { results { status jobName } } } }"
 
 
 class Live:
@@ -157,15 +155,17 @@ class Live:
         status = self.node(PARTITIONS, asset)["assetPartitionStatuses"]
         return set(status["materializedPartitions"]), set(status["failedPartitions"])
 
-    def checks(self, asset):
-        """``{check: (passed, severity, what is at fault)}`` of the last evaluations."""
+    def all_checks(self):
+        """``{check: (passed, severity, what is at fault)}``; None before all are up to date."""
         told = {}
-        for check in self.node(CHECKS, asset)["assetChecksOrError"]["checks"]:
-            execution = check["executionForLatestMaterialization"]
-            said = execution and execution["evaluation"]
-            if said:
-                fault = [e["mdStr"] for e in said["metadataEntries"] if e["label"] == "at_fault"]
-                told[check["name"]] = (said["success"], said["severity"], *fault)
+        for asset in ("tiles", "features", "clusters"):
+            for check in self.node(CHECKS, asset)["assetChecksOrError"]["checks"]:
+                execution = check["executionForLatestMaterialization"]
+                said = execution and execution["evaluation"]
+                if not said:
+                    return None
+                (fault,) = [e["mdStr"] for e in said["metadataEntries"] if e["label"] == "at_fault"]
+                told[check["name"]] = (said["success"], said["severity"], fault)
         return told
 
     def runs(self):
@@ -193,6 +193,7 @@ def annotate(folder, slide, label):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_from_a_dropped_slide_to_purity_in_sql(live, write_slide):
     write_slide(live.slides / "a_no_mpp.tiff", mpp=None)
     write_slide(live.slides / "b.tiff", size=1024)
@@ -233,21 +234,13 @@ def test_from_a_dropped_slide_to_purity_in_sql(live, write_slide):
         for asset in ("features", "clusters"):
             assert live.partitions(asset) == (good, set())
         assert live.partitions("labels") == ({"b"}, set())
-        live.wait("checks of clusters", lambda: live.checks("clusters"))
-        passed, severity, fault = live.checks("tiles")["tissue_found"]
+        checks = live.wait("checks of all that is there", live.all_checks)
+        passed, severity, fault = checks.pop("tissue_found")
         assert (passed, severity, fault.split("**")[1]) == (False, "WARN", "c_blank")
-        for asset in ("features", "clusters"):
-            assert all(passed for passed, *_ in live.checks(asset).values())
+        assert all(passed for passed, *_ in checks.values())
         assert {live.node(STALE, "tiles", slide=s)["staleStatus"] for s in good} == {"FRESH"}
         runs = [(run["status"], run["jobName"]) for run in live.runs()]
         assert [job for status, job in runs if status == "FAILURE"] == [
             "__ASSET_JOB",
             "describe_slides",
         ]
-        assert {status for status, _ in runs} <= {
-            "SUCCESS",
-            "FAILURE",
-            "STARTED",
-            "STARTING",
-            "QUEUED",
-        }

@@ -271,6 +271,13 @@ def test_a_faulty_sheet_holds_slides_back_until_it_is_mended(deployment):
     assert deployment.metadata("slides", "a")["mpp"] == 0.5
 
 
+def test_a_faulty_table_of_tiles_does_not_hold_scanned_slides_back(deployment):
+    deployment.drop("a")
+    deployment.settings.store.mkdir()
+    deployment.store.tiles_csv.write_text("slide,x\n")
+    assert scan(deployment) == [("a", "a")]
+
+
 def test_tiles_made_by_another_program_become_a_slide_once_all_are_there(deployment):
     folder = deployment.settings.store / "foreign"
     folder.mkdir(parents=True)
