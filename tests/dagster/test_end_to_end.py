@@ -18,7 +18,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-SECONDS = 235
+SECONDS = 600
 """Time for all that a test waits for."""
 
 PARTITIONS = """query($key: [String!]!) {
