@@ -49,11 +49,11 @@ class _Watching(TypedDict):
     default_status: dg.DefaultSensorStatus
 
 
-RETRY_SECONDS = 300.0
+RETRY_SECONDS = 300
 """A slide whose run ended without a word on it is asked for again after this time, then 4 times
 as long, and so on."""
 
-RETRY_SECONDS_LIMIT = 86400.0
+RETRY_SECONDS_LIMIT = 86400
 
 _Seen = tuple[str, int, int]
 """Path, size and time of a slide's file."""
@@ -64,21 +64,21 @@ class _Owed:
     """A slide to describe.
 
     Attributes:
-        seen: Its file, as it is now.
+        sign: Short fingerprint of its file as it is now: the cursor is kept with every tick.
         settled: Whether it is the same as a tick ago, and old enough.
         requests: How often this very file was asked for.
         not_before: When it may be asked for again.
     """
 
-    seen: _Seen
+    sign: str
     settled: bool
-    requests: int
-    not_before: float
+    requests: int = 0
+    not_before: int = 0
 
     def requested(self, now: float) -> "_Owed":
         """The same after it was asked for."""
         wait = min(RETRY_SECONDS * 4**self.requests, RETRY_SECONDS_LIMIT)
-        return replace(self, requests=self.requests + 1, not_before=now + wait)
+        return replace(self, requests=self.requests + 1, not_before=int(now + wait))
 
 
 def new_slides(
@@ -118,7 +118,7 @@ def new_slides(
     batches = contiguous_batches(first, [*order, *new], size=settings.slides_per_run)
     batches += [[slide_id] for slide_id in ready if owed[slide_id].requests]
     owed |= {slide_id: owed[slide_id].requested(now) for slide_id in ready}
-    cursor = json.dumps({s: [*it.seen, it.requests, it.not_before] for s, it in owed.items()})
+    cursor = json.dumps({s: [it.sign, it.requests, it.not_before] for s, it in owed.items()})
     if not ready:
         context.update_cursor(cursor)
         return dg.SkipReason(f"no new slides; {len(owed)} settling, under way or to be tried again")
@@ -241,13 +241,14 @@ def _owed(
     before = json.loads(cursor) if cursor else {}
     owed = {}
     for slide_id, file in seen.items():
-        *last_seen, requests, not_before = before.get(slide_id, [0, 0.0])
-        if last_seen != list(file):
-            owed[slide_id] = _Owed(file, settled=False, requests=0, not_before=0.0)
+        sign = fingerprint(file)[:12]
+        last_sign, requests, not_before = before.get(slide_id, ["", 0, 0])
+        if last_sign != sign:
+            owed[slide_id] = _Owed(sign, settled=False)
             continue
         # A time in the future is that of another clock and tells nothing.
         settled = not 0 <= now - file[2] / 1e9 < settle_seconds
-        owed[slide_id] = _Owed(file, settled, requests, not_before)
+        owed[slide_id] = _Owed(sign, settled, requests, not_before)
     return owed
 
 

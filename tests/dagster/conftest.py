@@ -1,5 +1,6 @@
 """A deployment small enough to run every stage in a second."""
 
+import contextlib
 import os
 import time
 from dataclasses import dataclass, field
@@ -227,12 +228,12 @@ def _one_thread():
         yield
 
 
-@pytest.fixture
-def deployment(tmp_path):
+@contextlib.contextmanager
+def _deployed(folder):
     settings = PlatformSettings(
-        slides=tmp_path / "slides",
-        store=tmp_path / "store",
-        weights=tmp_path / "weights",
+        slides=folder / "slides",
+        store=folder / "store",
+        weights=folder / "weights",
         annotations=None,
         sheet=None,
         weights_url=None,
@@ -248,6 +249,21 @@ def deployment(tmp_path):
     settings.slides.mkdir()
     with dg.DagsterInstance.ephemeral() as instance:
         yield Deployment(settings, instance)
+
+
+@pytest.fixture
+def deployment(tmp_path):
+    with _deployed(tmp_path) as deployment:
+        yield deployment
+
+
+@pytest.fixture(scope="session")
+def done_store(tmp_path_factory):
+    """A store in which all stages of the slides a, b and c are done; not to be written to."""
+    with _deployed(tmp_path_factory.mktemp("done")) as deployment:
+        deployment.add("a", "b", "c")
+        deployment.run_all()
+        return deployment.settings.store
 
 
 @pytest.fixture

@@ -56,6 +56,24 @@ def test_a_broken_slide_in_the_middle_of_a_batch_fails_alone(deployment):
     assert deployment.metadata("slides", "a")["width"] == 512
 
 
+def test_odd_files_fail_one_by_one_and_harm_no_other(deployment, test_data):
+    odd = [p for p in (test_data / "odd").iterdir() if p.suffix in {".svs", ".tif", ".tiff"}]
+    for path in odd:
+        shutil.copy(path, deployment.settings.slides)
+    deployment.add("a_good", "z_good")
+    reasons = failure(deployment.run("slides"), "slides")
+    reasons |= failure(deployment.run("tiles"), "tiles")
+    readable = {"a_good", "z_good", "openslide_small"}
+    assert len(reasons) > 5
+    assert reasons.keys() >= {path.stem for path in odd} - readable
+    for slide_id, reason in reasons.items():
+        assert slide_id in reason
+        assert "Error:" not in reason, "an error that nobody foresaw"
+    for stage in ("features", "cluster_model", "clusters"):
+        deployment.run(stage)
+    assert {"a_good", "z_good"} <= deployment.recorded("clusters") <= readable
+
+
 def test_a_rerun_of_the_batch_computes_only_what_failed(deployment):
     deployment.drop("a", "c")
     deployment.drop_broken("b.tiff")

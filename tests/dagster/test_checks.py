@@ -1,5 +1,7 @@
 """Each check names the slides at fault, and only those."""
 
+import shutil
+
 import dagster as dg
 import numpy as np
 import pyarrow as pa
@@ -10,9 +12,8 @@ from histoencoder_core.settings import ClusterSettings
 
 
 @pytest.fixture
-def done(deployment):
-    deployment.add("a", "b", "c")
-    deployment.run_all()
+def done(deployment, done_store):
+    shutil.copytree(done_store, deployment.settings.store)
     return deployment
 
 

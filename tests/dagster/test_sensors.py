@@ -99,6 +99,7 @@ def test_slides_are_described_in_batches_of_one_run(deployment):
     result = deployment.tick("new_slides")
     assert asked(result) == [("s00", "s24"), ("s25", "s49"), ("s50", "s59")]
     assert len(result.dynamic_partitions_requests[0].partition_keys) == 60
+    assert len(result.cursor) < 60 * 50, "it is kept with every tick, of 10,000 new slides too"
 
 
 def test_batches_are_ranges_that_hold_no_other_slide():
