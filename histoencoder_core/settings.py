@@ -16,6 +16,12 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+Precision = Literal["float32", "float16", "bfloat16"]
+"""Types that an encoder can compute in."""
+
+Backend = Literal["eager", "compile", "openvino"]
+"""What executes an encoder: PyTorch as it is, PyTorch's compiler, or OpenVINO."""
+
 N_CLUSTERS = (8, 16, 24, 32, 64, 128)
 """The numbers of clusters that HistoEncoder's command line computes by default."""
 
@@ -125,14 +131,23 @@ class EncoderSettings(StageSettings):
         avg_pool: Append the mean of the last block's patch tokens (XCiT only).
         input_size: Width and height in pixels of the encoder's input; the encoder's own if not
             given.
+        precision: Of the encoder's arithmetic. ``auto`` is float32 on a CPU, and on a GPU float16
+            or bfloat16, as suits the encoder. Features of different precisions are never clustered
+            together, so set it for a cohort that is encoded on both.
+        normalise: ``encoder`` for the mean and standard deviation that the encoder was trained
+            with. ``slide`` estimates them from 1,000 random tiles of each slide, as HistoEncoder
+            0.1.1 did: the same tile then has other features on another slide.
         dtype: Type of the stored features.
-        seed: Seed of the random weights of an ``untrained:`` encoder.
+        seed: Seed of the random weights of an ``untrained:`` encoder, and of the tiles that
+            ``normalise="slide"`` draws.
     """
 
     name: str = "prostate_small"
     num_blocks: int = Field(default=1, ge=1)
     avg_pool: bool = False
     input_size: int | None = Field(default=None, ge=16, le=2048)
+    precision: Literal["auto", Precision] = "auto"
+    normalise: Literal["encoder", "slide"] = "encoder"
     dtype: Literal["float32", "float16"] = "float32"
     seed: int = 0
 
@@ -176,8 +191,12 @@ class PlatformSettings(BaseSettings):
         sheet: The ``slides.csv``; ``<slides>/slides.csv`` if not given and there.
         weights: Folder of encoder weights, also the download cache.
         weights_url: Mirror to fetch weights from before their published address.
-        device: Torch device, ``auto`` for the best one there is.
-        batch_size: Tiles a forward pass.
+        device: ``cpu``, ``cuda`` for any free GPU, ``cuda:N`` for one of them, or ``auto`` for a
+            GPU where there is one.
+        backend: What executes the encoder; ``auto`` is OpenVINO on a CPU and PyTorch's compiler on
+            a GPU.
+        batch_size: Tiles a forward pass; by default as suits the device.
+        readers: Threads that read tiles; by default one a CPU core.
         slides_per_run: Slides a Dagster run.
         settle_seconds: A file must have been left alone for so long before it counts as scanned.
         tick_seconds: Time between two looks of Dagster's sensors at what is new and what is due.
@@ -194,8 +213,10 @@ class PlatformSettings(BaseSettings):
     sheet: Path | None = None
     weights: Path = Path("~/.cache/histoencoder")
     weights_url: str | None = None
-    device: str = "auto"
-    batch_size: int = Field(default=16, ge=1)
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    backend: Literal["auto", Backend] = "auto"
+    batch_size: int | None = Field(default=None, ge=1)
+    readers: int | None = Field(default=None, ge=1)
     slides_per_run: int = Field(default=25, ge=1)
     settle_seconds: float = Field(default=60.0, ge=0)
     tick_seconds: int = Field(default=15, ge=1)

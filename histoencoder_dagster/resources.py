@@ -1,5 +1,6 @@
 """What assets and sensors are given: the deployment, opened."""
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -8,7 +9,7 @@ from histoencoder_core.slides import FoundSlide, Register, Sheet, find_slides
 from histoencoder_core.store import Store
 
 if TYPE_CHECKING:
-    from histoencoder_core.features import Encoder
+    from histoencoder_core.features import Runner
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,16 @@ class Platform:
         """Find all slides and give the new ones their ids."""
         return Register(self.store).assign(find_slides(self.settings.slides))
 
-    def encoder(self) -> "Encoder":
-        """The encoder, loaded once a process."""
+    @functools.cached_property
+    def runner(self) -> "Runner":
+        """The encoder, ready to run: loaded and compiled once a process."""
         # Every run is a process of its own, and most need none of the seconds this import takes.
-        from histoencoder_core.features import load_encoder
+        from histoencoder_core.features import Runner, load_encoder
 
-        return load_encoder(
-            self.settings.encoder,
-            weights_folder=self.settings.weights_folder,
-            weights_url=self.settings.weights_url,
-            device=self.settings.device,
+        asked = self.settings
+        encoder = load_encoder(
+            asked.encoder, weights_folder=asked.weights_folder, weights_url=asked.weights_url
+        )
+        return Runner(
+            encoder, device=asked.device, backend=asked.backend, batch_size=asked.batch_size
         )

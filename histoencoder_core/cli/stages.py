@@ -186,9 +186,27 @@ def extract(
     float16: Annotated[
         bool | None, typer.Option("--float16", help="Store features as float16.")
     ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the arithmetic: float32, float16, bfloat16.  [default: auto]",
+        ),
+    ] = None,
+    normalise: Annotated[
+        str | None,
+        typer.Option(
+            help="'slide' estimates each slide's own, as 0.1.1 did.  [default: encoder]",
+        ),
+    ] = None,
     use_cpu: Annotated[
         bool, typer.Option("--use-cpu", "-c", help="Do not look for a GPU.")
     ] = False,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:N.  [default: auto]")
+    ] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="openvino, compile or eager.  [default: auto]")
+    ] = None,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", "-b", min=1, help="Tiles a forward pass.")
     ] = None,
@@ -196,13 +214,20 @@ def extract(
         bool, typer.Option("--wide", help="Write HistoEncoder's columns feat1, feat2, …")
     ] = False,
     overwrite: Overwrite = False,
-    num_workers: Workers = CPUS,
+    num_workers: Annotated[
+        int | None,
+        typer.Option(
+            "--num-workers", "-j", min=1, help="Reading threads.  [default: one a CPU core]"
+        ),
+    ] = None,
 ) -> None:
     """Encode tiles into features.
 
     Takes folders made by `histoencoder tile`, by HistoPrep, or any folders of tile images.
     """
-    deployment = PlatformSettings()
+    deployment = _deployment(
+        device="cpu" if use_cpu else device, backend=backend, batch_size=batch_size
+    )
     settings = _changed(
         deployment.encoder,
         {
@@ -211,6 +236,8 @@ def extract(
             "avg_pool": avg_pool,
             "input_size": input_size,
             "dtype": "float16" if float16 else None,
+            "precision": precision,
+            "normalise": normalise,
         },
     )
     assert isinstance(settings, EncoderSettings)
@@ -221,13 +248,10 @@ def extract(
             f"{input_dir}: holds no tiles. Give the folder that `histoencoder tile` or HistoPrep "
             "wrote to, or a folder with a sub-folder of tile images for each slide."
         )
-    from histoencoder_core.features import extract_slide, load_encoder  # torch takes seconds
+    from histoencoder_core.features import Runner, extract_slides, load_encoder  # takes seconds
 
     encoder = load_encoder(
-        settings,
-        weights_folder=deployment.weights_folder,
-        weights_url=deployment.weights_url,
-        device="cpu" if use_cpu else deployment.device,
+        settings, weights_folder=deployment.weights_folder, weights_url=deployment.weights_url
     )
     if encoder.untrained:
         typer.secho(
@@ -235,22 +259,25 @@ def extract(
             fg="yellow",
             err=True,
         )
-    with tqdm(desc="Encoding", unit="tile", disable=None, position=1, leave=False) as bar:
-
-        def work(slide_id: str) -> Stamp:
-            folder = store.slide(slide_id)
-            return extract_slide(
-                folder,
-                _source(store, slide_id),
-                encoder,
-                batch_size=batch_size or deployment.batch_size,
-                num_workers=num_workers,
-                wide=wide,
-                overwrite=overwrite,
-                progress=bar.update,
-            )
-
-        counts = each_slide("Extracting", slides, work)
+    runner = Runner(
+        encoder,
+        device=deployment.device,
+        backend=deployment.backend,
+        batch_size=deployment.batch_size,
+    )
+    with (
+        tqdm(desc="Encoding", unit="tile", disable=None, position=1, leave=False) as bar,
+        extract_slides(
+            store,
+            slides,
+            runner,
+            readers=num_workers or deployment.readers,
+            wide=wide,
+            overwrite=overwrite,
+            progress=bar.update,
+        ) as features,
+    ):
+        counts = each_slide("Extracting", slides, lambda slide_id: features[slide_id].result())
     finish(counts)
 
 
@@ -384,6 +411,15 @@ def _changed(settings: StageSettings, asked: dict[str, Any]) -> StageSettings:
     given = {name: value for name, value in asked.items() if value is not None}
     try:
         return type(settings)(**{**settings.model_dump(exclude_defaults=True), **given})
+    except ValidationError as error:
+        raise SettingsError(first_problem(error)) from error
+
+
+def _deployment(**asked: Any) -> PlatformSettings:
+    """The deployment's values with those given on the command line."""
+    given = {name: value for name, value in asked.items() if value is not None}
+    try:
+        return PlatformSettings(**given)
     except ValidationError as error:
         raise SettingsError(first_problem(error)) from error
 

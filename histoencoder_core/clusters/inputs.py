@@ -85,7 +85,11 @@ def made_by(stamp: Stamp, encoder: EncoderSettings) -> bool:
     asked = encoder.model_dump(include={"name", "num_blocks", "avg_pool", "dtype"})
     asked["input_size"] = encoder.input_size or stamp.result["native_size"]
     made_from = stamp.made_from["encoder"]
-    if stamp.untrained:
+    if encoder.precision != "auto":
+        asked["precision"] = encoder.precision
+    if (encoder.normalise == "slide") != (made_from["normalisation"] == "slide"):
+        return False
+    if stamp.untrained or encoder.normalise == "slide":
         asked["seed"] = encoder.seed
     same = all(made_from.get(name) == value for name, value in asked.items())
     return same and stamp.algorithm == layout.FEATURES_ALGORITHM

@@ -80,8 +80,8 @@ def file_stem(name: str) -> str:
     """The file name, without suffix, that an encoder's weights have in the folder of weights.
 
     Example:
-        >>> file_stem("hf-hub:MahmoodLab/UNI")
-        'hf-hub_MahmoodLab_UNI'
+        >>> file_stem("timm:vit_small_patch16_224.dino")
+        'timm_vit_small_patch16_224.dino'
     """
     return name.replace(":", "_").replace("/", "_")
 
@@ -125,13 +125,18 @@ def load_into(module: torch.nn.Module, path: Path, *, ignore: tuple[str, ...] = 
         module: The module.
         path: The weights.
         ignore: Beginnings of names that the file may hold beyond the module's, such as a
-            classifier.
+            classifier. What the module has is loaded, whatever its name.
 
     Raises:
         WeightsError: A weight is missing, has another shape, or is unknown.
     """
     content = read_state_dict(path)
-    kept = {name: value for name, value in content.items() if not name.startswith(ignore or "\0")}
+    wanted = module.state_dict().keys()
+    kept = {
+        name: value
+        for name, value in content.items()
+        if name in wanted or not name.startswith(ignore or "\0")
+    }
     try:
         module.load_state_dict(kept)
     except RuntimeError as error:

@@ -38,6 +38,8 @@ class Backend(SlideReaderBackend):  # type: ignore[misc]  # HistoPrep has no typ
     """What this project asks of a backend beyond HistoPrep's interface."""
 
     BACKEND_NAME: str
+    EXACT_LEVELS = False
+    """Whether lower levels are read from the file, not scaled for each region."""
 
     @property
     @abstractmethod
@@ -67,6 +69,7 @@ class OpenSlideBackend(Backend):
     """Whatever OpenSlide opens."""
 
     BACKEND_NAME = "OPENSLIDE"
+    EXACT_LEVELS = True
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(path)

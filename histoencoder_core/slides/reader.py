@@ -66,6 +66,20 @@ class Slide:
         """(width, height) of each level in pixels, finest first."""
         return [(w, h) for h, w in self._reader.level_dimensions.values()]
 
+    @property
+    def exact_levels(self) -> bool:
+        """Whether a part of a region of a lower level has the pixels that it has alone."""
+        return self._backend.EXACT_LEVELS
+
+    def size_at(self, level: int, region: Region) -> tuple[int, int]:
+        """(height, width) in pixels that `read` gives for a region.
+
+        Args:
+            level: Pyramid level.
+            region: ``x, y, w, h`` in level-0 pixels.
+        """
+        return self._backend.level_region(region, level)
+
     def read(self, region: Region, *, level: int = 0) -> np.ndarray:
         """Read a region.
 

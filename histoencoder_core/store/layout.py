@@ -44,7 +44,7 @@ COMPANIONS: dict[Stage, tuple[str, ...]] = {
 }
 """What else a stage owns."""
 
-FEATURES_ALGORITHM = 1
+FEATURES_ALGORITHM = 2
 """Version of the features stage's algorithm; here because its own package takes long to import."""
 
 SLIDE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")

@@ -6,6 +6,6 @@ slide's tiles, whether they were cut here, by HistoPrep, or are just a folder of
 """
 
 from histoencoder_core.tiles.cut import cut_tiles, tiles_stamp
-from histoencoder_core.tiles.source import TileSource, find_sources, tile_source
+from histoencoder_core.tiles.source import TileSource, tile_source
 
-__all__ = ["TileSource", "cut_tiles", "find_sources", "tile_source", "tiles_stamp"]
+__all__ = ["TileSource", "cut_tiles", "tile_source", "tiles_stamp"]

@@ -12,25 +12,20 @@ import csv
 import functools
 import hashlib
 import json
-import logging
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 
 from histoencoder_core.errors import SlideError, StoreError
 from histoencoder_core.settings import fingerprint
-from histoencoder_core.slides import open_slide, read_description
-from histoencoder_core.slides.images import image_size, read_image
+from histoencoder_core.slides import read_description
+from histoencoder_core.slides.images import image_size
 from histoencoder_core.store import SlideFolder, Stamp, Store, layout
 from histoencoder_core.store.tables import Place, key_table, place_of, read_keys, read_table
-
-log = logging.getLogger(__name__)
-
-ReadTile = Callable[[int], np.ndarray]
+from histoencoder_core.tiles.pixels import ImageTiles, TilePixels, open_slide_tiles
 
 TILES_CSV_COLUMNS = ("path", "slide", "x", "y", "label")
 _OUR_PICTURES = ("thumbnail",)
@@ -44,12 +39,12 @@ class TileSource:
         keys: Table of ``tile, x, y, w, h``.
         upstream: Fingerprint of the tiles: of ``metadata.parquet``, or of the keys and
             the images' content.
-        open: Opens the source; gives a function from a row to uint8 pixels (height, width, 3).
+        open: Opens the pixels.
     """
 
     keys: pa.Table
     upstream: Callable[[], str]
-    open: Callable[[], contextlib.AbstractContextManager[ReadTile]]
+    open: Callable[[], contextlib.AbstractContextManager[TilePixels]]
 
 
 @dataclass(frozen=True)
@@ -99,35 +94,6 @@ def slide_ids_with_tiles(store: Store, *, but: Collection[str] = ()) -> list[str
     listing = _listing(store)
     ids = {*store.slide_ids(), *listing.rows, _root_id(store)}
     return [slide_id for slide_id in sorted(ids.difference(but)) if _has(store, slide_id, listing)]
-
-
-def find_sources(store: Store, *, but: Collection[str] = ()) -> dict[str, TileSource]:
-    """All slides of a store whose tiles can be used, whatever made them.
-
-    A slide whose tiles can't be used is logged and left out: one damaged file does not stop the
-    others.
-
-    Args:
-        store: The store.
-        but: Ids of slides to pass over; opening thousands takes its time.
-
-    Returns:
-        The tiles by slide.
-
-    Raises:
-        StoreError: ``tiles.csv`` can't be read.
-    """
-    listing = _listing(store)
-    sources = {}
-    for slide_id in slide_ids_with_tiles(store, but=but):
-        try:
-            source = _source(store, slide_id, listing)
-        except StoreError as error:
-            log.warning("Passing over the tiles of %s: %s", slide_id, error)
-            continue
-        if source is not None:
-            sources[slide_id] = source
-    return sources
 
 
 def tile_source(store: Store, slide_id: str) -> TileSource | None:
@@ -274,7 +240,7 @@ def _own_tiles(folder: SlideFolder, stamp: Stamp) -> TileSource:
         paths = [images / f"{name}.jpeg" for name in keys.column("tile").to_pylist()]
         # JPEG compression changes pixels, so features of images are not those of the slide.
         upstream = f"{stamp.fingerprint}:images"
-        return TileSource(keys, lambda: upstream, lambda: _open_images(paths))
+        return _image_source(keys, paths, upstream)
 
     def pixels() -> str:
         # Of the tiles, only this bears on their pixels: other metrics need no new features.
@@ -284,28 +250,22 @@ def _own_tiles(folder: SlideFolder, stamp: Stamp) -> TileSource:
     return TileSource(keys, pixels, lambda: _open_slide_tiles(folder, table))
 
 
-@contextlib.contextmanager
-def _open_slide_tiles(folder: SlideFolder, table: pa.Table) -> Iterator[ReadTile]:
+def _open_slide_tiles(
+    folder: SlideFolder, table: pa.Table
+) -> contextlib.AbstractContextManager[TilePixels]:
     description = read_description(folder)
     if description is None:
         raise StoreError(
             f"{folder.path}: says nothing of where its slide is; run the slides stage."
         )
     places = list(zip(*(table.column(name).to_pylist() for name in "xywh"), strict=True))
-    levels = table.column("level").to_pylist()
-    with open_slide(Path(description.path)) as slide:
-        yield lambda i: slide.read(places[i], level=levels[i])
-
-
-@contextlib.contextmanager
-def _open_images(paths: list[Path]) -> Iterator[ReadTile]:
-    yield lambda i: read_image(paths[i])
+    return open_slide_tiles(Path(description.path), places, table.column("level").to_pylist())
 
 
 def _listed_images(store: Store, rows: list[TileRow]) -> TileSource:
     paths = [row.path for row in rows]
     keys = key_table([row.tile for row in rows], [_listed_place(store, row) for row in rows])
-    return TileSource(keys, lambda: _images_fingerprint(keys, paths), lambda: _open_images(paths))
+    return _image_source(keys, paths)
 
 
 def _listed_place(store: Store, row: TileRow) -> Place | None:
@@ -335,7 +295,15 @@ def _foreign_images(folder: SlideFolder, paths: list[Path]) -> TileSource:
         }
         places = [by_name.get(n) or p for n, p in zip(names, places, strict=True)]  # type: ignore[misc]
     keys = key_table(names, places)
-    return TileSource(keys, lambda: _images_fingerprint(keys, paths), lambda: _open_images(paths))
+    return _image_source(keys, paths)
+
+
+def _image_source(keys: pa.Table, paths: list[Path], upstream: str | None = None) -> TileSource:
+    return TileSource(
+        keys,
+        lambda: upstream or _images_fingerprint(keys, paths),
+        lambda: contextlib.nullcontext(ImageTiles(paths)),
+    )
 
 
 def _unique_names(paths: list[Path], root: Path) -> list[str]:

@@ -4,11 +4,9 @@ from typing import Any
 
 import dagster as dg
 
-from histoencoder_core.errors import SlideError
-from histoencoder_core.tiles import tile_source
 from histoencoder_dagster.assets.tiles import tiles
 from histoencoder_dagster.automation import AFTER_ITS_INPUTS
-from histoencoder_dagster.batches import Metadata, each_slide
+from histoencoder_dagster.batches import each_slide
 from histoencoder_dagster.metadata import result_metadata
 from histoencoder_dagster.partitions import slide_partitions
 from histoencoder_dagster.resources import Platform
@@ -46,18 +44,10 @@ GPU_TAGS: dict[str, Any] = {
 )
 def features(context: dg.AssetExecutionContext, platform: dg.ResourceParam[Platform]) -> None:
     """A feature vector for each tile, by the deployment's encoder."""
-    from histoencoder_core.features import extract_slide  # takes seconds; see Platform.encoder
+    from histoencoder_core.features import extract_slides  # takes seconds; see Platform.runner
 
-    store = platform.store
-    encoder = platform.encoder()
-
-    def extract(slide_id: str) -> Metadata:
-        folder = store.slide(slide_id)
-        source = tile_source(store, slide_id)
-        if source is None:
-            raise SlideError(f"{folder.path}: has no tiles; run the asset 'tiles'.", kind="missing")
-        batch_size = platform.settings.batch_size
-        stamp = extract_slide(folder, source, encoder, batch_size=batch_size)
-        return result_metadata(folder, stamp)
-
-    each_slide(context, extract)
+    store, readers = platform.store, platform.settings.readers
+    with extract_slides(
+        store, context.partition_keys, platform.runner, readers=readers
+    ) as extracted:
+        each_slide(context, lambda s: result_metadata(store.slide(s), extracted[s].result()))

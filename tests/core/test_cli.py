@@ -128,6 +128,38 @@ def test_folders_of_images_with_labels(program, data: Path) -> None:
     assert [(row["k"], int(row["n"])) for row in answer] == [(2, 24), (4, 24)]
 
 
+def test_how_an_encoder_is_run_can_be_asked_for(program, data: Path) -> None:
+    shutil.copytree(data / "tiles" / "histoencoder_slide", "folder/slide")
+    encoder = ["--model-name", "untrained:test_resnet", "--input-size", "32"]
+    asked = ["--device", "cpu", "--backend", "eager", "--batch-size", "5", "--num-workers", "3"]
+    asked += ["--precision", "bfloat16", "--normalise", "slide"]
+    code, _, error = program("extract", "-i", "folder", *encoder, *asked)
+    assert code == 0, error
+    stamp = Store("folder").slide("slide").stamp("features")
+    assert stamp is not None
+    told = {"device", "backend", "batch_size", "readers", "precision"}
+    assert {name: stamp.result[name] for name in told} == {
+        "device": "cpu",
+        "backend": "eager",
+        "batch_size": 5,
+        "readers": 3,
+        "precision": "bfloat16",
+    }
+    assert stamp.made_from["encoder"]["normalisation"] == "slide"
+    for words, problem in (
+        (["--device", "gpu"], "device"),
+        (["--backend", "tensorrt"], "backend"),
+        (["--precision", "float64"], "precision"),
+        (["--normalise", "tile"], "normalise"),
+        (["--precision", "float16", "--use-cpu"], "float16 arithmetic needs a GPU"),
+        (["--device", "cuda:99"], "cuda:99"),
+    ):
+        code, _, error = program("extract", "-i", "folder", *encoder, *words)
+        assert code == 1, words
+        assert problem in error
+        assert "Traceback" not in error
+
+
 def test_missing_weights_say_what_to_put_where(program, data: Path, monkeypatch) -> None:
     from histoencoder_core.features import weights
 

@@ -39,6 +39,8 @@ DEFAULTS: dict[type[BaseModel], dict[str, Any]] = {
         "num_blocks": 1,
         "avg_pool": False,
         "input_size": None,
+        "precision": "auto",
+        "normalise": "encoder",
         "dtype": "float32",
         "seed": 0,
     },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from histoencoder_core.store.tables import (
     read_features,
     widen,
 )
-from histoencoder_core.tiles import TileSource, find_sources, tile_source
+from histoencoder_core.tiles import TileSource, tile_source
+from histoencoder_core.tiles.pixels import Tile
 from histoencoder_core.tiles.source import slide_ids_with_tiles
 
 
@@ -37,6 +39,23 @@ def names_of(source: TileSource | None) -> list[str]:
     return source.keys.column("tile").to_pylist()
 
 
+def sources_of(store: Store) -> dict[str, TileSource]:
+    """All slides that have tiles, with them."""
+    found = {slide_id: tile_source(store, slide_id) for slide_id in slide_ids_with_tiles(store)}
+    return {slide_id: source for slide_id, source in found.items() if source is not None}
+
+
+def read_all(source: TileSource) -> list[Tile]:
+    """The tiles by row; each row is in one block."""
+    tiles: dict[int, Tile] = {}
+    with source.open() as pixels:
+        for rows in pixels.blocks:
+            assert tiles.keys().isdisjoint(rows)
+            tiles.update(zip(rows, pixels.read(rows), strict=True))
+    assert len(tiles) == source.keys.num_rows
+    return [tiles[row] for row in range(len(tiles))]
+
+
 def places_of(source: TileSource) -> list[tuple[int | None, ...]]:
     return list(zip(*(source.keys.column(name).to_pylist() for name in "xywh"), strict=True))
 
@@ -45,7 +64,7 @@ def test_histopreps_own_folder(data: Path, tmp_path: Path) -> None:
     store = Store(tmp_path)
     shutil.copytree(data / "tiles" / "histoencoder_slide", tmp_path / "slide")
     before = contents(tmp_path)
-    assert list(find_sources(store)) == ["slide"]
+    assert slide_ids_with_tiles(store) == ["slide"]
     source = tile_source(store, "slide")
     assert source is not None
     names, places = names_of(source), places_of(source)
@@ -53,8 +72,7 @@ def test_histopreps_own_folder(data: Path, tmp_path: Path) -> None:
     for name, (x, y, w, h) in zip(names, places, strict=True):
         assert name == f"x{x}_y{y}_w{w}_h{h}"
         assert (w, h) == (224, 224)
-    with source.open() as read:
-        pixels = read(names.index("x448_y224_w224_h224"))
+    pixels = read_all(source)[names.index("x448_y224_w224_h224")]
     image = tmp_path / "slide" / "tiles" / "x448_y224_w224_h224.jpeg"
     assert np.array_equal(pixels, np.asarray(Image.open(image)))
     assert contents(tmp_path) == before
@@ -62,26 +80,25 @@ def test_histopreps_own_folder(data: Path, tmp_path: Path) -> None:
 
 def test_a_folder_of_images_for_each_class(data: Path, tmp_path: Path) -> None:
     shutil.copytree(data / "tiles" / "kather2016_24", tmp_path / "k")
-    sources = find_sources(Store(tmp_path / "k"))
+    sources = sources_of(Store(tmp_path / "k"))
     assert len(sources) == 8
     for slide_id, source in sources.items():
         files = sorted((tmp_path / "k" / slide_id).iterdir())
         assert names_of(source) == [file.stem for file in files]
         assert places_of(source) == [(None,) * 4] * 3
-        with source.open() as read:
-            for i, file in enumerate(files):
-                assert np.array_equal(read(i), np.asarray(Image.open(file)))
+        for pixels, file in zip(read_all(source), files, strict=True):
+            assert np.array_equal(pixels, np.asarray(Image.open(file)))
 
 
 def test_images_in_the_root_itself(tmp_path: Path) -> None:
     root = tmp_path / "my-tiles"
     save_images(root, "x0_y8_w20_h10.png", "b.jpg", "thumbnail.jpeg", ".hidden.png", "notes.webp")
-    sources = find_sources(Store(root))
+    sources = sources_of(Store(root))
     assert list(sources) == ["my-tiles"]
     assert names_of(sources["my-tiles"]) == ["b", "x0_y8_w20_h10"]
     assert places_of(sources["my-tiles"]) == [(None,) * 4, (0, 8, 20, 10)]
     (tmp_path / "my-tiles").rename(tmp_path / "my tiles")  # not a name that an id can have
-    assert list(find_sources(Store(tmp_path / "my tiles"))) == ["slide"]
+    assert slide_ids_with_tiles(Store(tmp_path / "my tiles")) == ["slide"]
 
 
 def test_images_of_the_same_stem_are_told_apart(tmp_path: Path) -> None:
@@ -92,7 +109,7 @@ def test_images_of_the_same_stem_are_told_apart(tmp_path: Path) -> None:
 def test_folders_without_tiles_are_no_sources(store: Store) -> None:
     save_images(store.slide("described").path, "thumbnail.jpeg", "thumbnail_tiles.jpeg")
     (store.slide("empty").path / "tiles").mkdir(parents=True)
-    assert find_sources(store) == {}
+    assert slide_ids_with_tiles(store) == []
     assert tile_source(store, "not-there") is None
 
 
@@ -116,15 +133,14 @@ def test_the_table_of_tile_images(store: Store) -> None:
         "img/1.png,S1,0,0,\n"
         "other/1.png,,,,stroma\n"
     )
-    sources = find_sources(store)
+    sources = sources_of(store)
     assert set(sources) == {"S1", "img", "other"}
-    assert set(find_sources(store, but=["img", "S1", "unknown"])) == {"other"}
+    assert slide_ids_with_tiles(store, but=["img", "S1", "unknown"]) == ["other"]
     assert names_of(sources["S1"]) == ["1", "2"]
     assert places_of(sources["S1"]) == [(0, 0, 20, 10), (100, 200, 20, 10)]
     assert names_of(sources["other"]) == ["1"]
     assert places_of(sources["other"]) == [(None,) * 4]
-    with sources["S1"].open() as read:
-        assert np.array_equal(read(1), tissue_pixels(20, 10, seed=1))
+    assert np.array_equal(read_all(sources["S1"])[1], tissue_pixels(20, 10, seed=1))
 
 
 def test_tiles_of_one_slide_from_several_folders_keep_apart(store: Store) -> None:
@@ -157,9 +173,7 @@ def test_mistakes_in_the_table_are_told(store: Store, text: str, told: str) -> N
     assert str(store.tiles_csv) in str(caught.value)
 
 
-def test_what_spoils_one_slide_does_not_stop_the_others(
-    store: Store, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_spoils_one_slide_does_not_stop_the_others(store: Store) -> None:
     for slide_id in ("good", "torn"):
         save_images(store.slide(slide_id).path, "1.png")
     store.slide("torn").record("tiles").write_bytes(b"PAR1 torn")
@@ -167,15 +181,14 @@ def test_what_spoils_one_slide_does_not_stop_the_others(
     store.tiles_csv.write_text("path,slide\nlisted/1.png,whole\nlisted/lost.png,lost\n")
     assert slide_ids_with_tiles(store) == ["good", "lost", "torn", "whole"]
     assert slide_ids_with_tiles(store, but=["torn", "whole"]) == ["good", "lost"]
-    assert list(find_sources(store)) == ["good", "whole"]
-    assert "torn/metadata.parquet" in caplog.text
-    assert "tiles.csv, line 3" in caplog.text
+    assert names_of(tile_source(store, "good")) == names_of(tile_source(store, "whole")) == ["1"]
     with pytest.raises(StoreError, match=r"torn/metadata\.parquet"):
         tile_source(store, "torn")
+    with pytest.raises(StoreError, match=r"tiles\.csv, line 3"):
+        tile_source(store, "lost")
     store.tiles_csv.write_text("image\nlisted/1.png\n")
-    for find in (slide_ids_with_tiles, find_sources):
-        with pytest.raises(StoreError, match="needs a column 'path'"):
-            find(store)
+    with pytest.raises(StoreError, match="needs a column 'path'"):
+        slide_ids_with_tiles(store)
 
 
 def test_an_image_in_the_table_is_counted_once(store: Store) -> None:
@@ -185,7 +198,7 @@ def test_an_image_in_the_table_is_counted_once(store: Store) -> None:
     listed = ["flat.png", "all/tiles/1.png", "some/../all/tiles/2.png", store.root / "some/1.png"]
     store.tiles_csv.write_text("path,slide\n" + "".join(f"{path},S\n" for path in listed))
     assert slide_ids_with_tiles(store) == ["S", "some"]
-    sources = find_sources(store)
+    sources = sources_of(store)
     assert {slide_id: source.keys.num_rows for slide_id, source in sources.items()} == {
         "S": 4,
         "some": 1,
@@ -201,7 +214,7 @@ def test_a_table_without_slides_goes_by_the_folders(store: Store) -> None:
     without = slide_ids_with_tiles(store)
     store.tiles_csv.write_text("path\n" + "\n".join(images))
     assert slide_ids_with_tiles(store) == without == sorted(images.values())
-    assert all(names_of(source) == ["1"] for source in find_sources(store).values())
+    assert all(names_of(source) == ["1"] for source in sources_of(store).values())
 
 
 def test_a_folder_named_by_a_dot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,7 +222,7 @@ def test_a_folder_named_by_a_dot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path / "flat")
     source = tile_source(Store("."), "flat")
     assert names_of(source) == ["1"]
-    assert list(find_sources(Store("."))) == ["flat"]
+    assert slide_ids_with_tiles(Store(".")) == ["flat"]
 
 
 def test_other_places_of_the_same_pixels_are_other_tiles(store: Store) -> None:
@@ -242,10 +255,11 @@ def test_a_damaged_image_is_named(store: Store) -> None:
     (store.slide("a").path / "2.png").write_bytes(b"\x89PNG\r\n\x1a\n half")
     source = tile_source(store, "a")
     assert source is not None
-    with source.open() as read:
-        assert read(0).shape == (10, 20, 3)
-        with pytest.raises(SlideError, match=r"a/2\.png: can't be decoded as PNG"):
-            read(1)
+    good, bad = read_all(source)
+    assert isinstance(good, np.ndarray)
+    assert good.shape == (10, 20, 3)
+    assert isinstance(bad, SlideError)
+    assert re.search(r"a/2\.png: can't be decoded as PNG", str(bad))
 
 
 FEATURES = np.random.default_rng(0).normal(size=(5, 12)).astype(np.float32)

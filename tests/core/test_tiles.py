@@ -513,12 +513,15 @@ def test_tiles_are_read_from_the_slide_or_from_their_images(
     assert source is not None
     from_slide = source.upstream()
     i = source.keys.column("tile").to_pylist().index("x320_y256_w128_h128")
-    with source.open() as read:
-        direct = read(i)
+    with source.open() as pixels:
+        [direct] = pixels.read([i])
+    assert isinstance(direct, np.ndarray)
     assert direct.shape == (64, 64, 3)  # level 1, half of 128
     cut_tiles(folder, SMALL, save_images=True)
     source = tile_source(store, "a")
     assert source is not None
     assert source.upstream() != from_slide  # JPEG changes pixels, and so features
-    with source.open() as read:
-        assert np.abs(read(i).astype(int) - direct).mean() < 4
+    with source.open() as pixels:
+        [image] = pixels.read([i])
+    assert isinstance(image, np.ndarray)
+    assert np.abs(image.astype(int) - direct).mean() < 4

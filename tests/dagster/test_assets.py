@@ -232,6 +232,21 @@ def test_every_slide_shows_small_pictures_and_plain_numbers(deployment, test_dat
     assert tiles["tiles"] == deployment.metadata("features", slide)["tiles"]
 
 
+def test_features_show_what_made_them(deployment):
+    deployment.add("a")
+    for stage in ("slides", "tiles", "features"):
+        deployment.run(stage)
+    metadata = deployment.metadata("features", "a")
+    told = {name: metadata[name] for name in ("device", "backend", "precision", "batch_size")}
+    assert told == {
+        "device": "cpu",
+        "backend": "openvino",
+        "precision": "float32",
+        "batch_size": 16,
+    }
+    assert metadata["tiles_per_second"] > 0
+
+
 def test_an_untrained_encoder_is_said_wherever_its_results_are_shown(deployment):
     deployment.add("a", "b")
     deployment.run_all()

@@ -1,0 +1,76 @@
+"""Leases on GPUs: one process a GPU, whatever started the processes.
+
+A lease is a lock on a file that all processes of this machine can see. The operating system drops
+the lock with the process that holds it, however that ended, so a dead process leaves none behind.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 1.0
+TELL_SECONDS = 60.0
+
+_held: dict[str, FileLock] = {}
+_leasing = threading.Lock()
+
+
+def lease_folder() -> Path:
+    """The folder of lock files, one for all users of this machine."""
+    return Path(tempfile.gettempdir()) / "histoencoder-gpus"
+
+
+def lease_gpu(indices: Sequence[int] | None = None) -> int:
+    """Lease a free GPU until this process ends, and wait while there is none.
+
+    Asking again gives the same GPU: the weights are there already.
+
+    Args:
+        indices: The GPUs to choose from, as PyTorch numbers them; all if not given.
+
+    Returns:
+        The GPU's index.
+    """
+    names = {index: _name(index) for index in indices or range(torch.cuda.device_count())}
+    with _leasing:
+        return _lease(names)
+
+
+def _lease(names: dict[int, str]) -> int:
+    for index, name in names.items():
+        if name in _held:
+            return index
+    folder = lease_folder()
+    folder.mkdir(exist_ok=True)
+    if folder.stat().st_uid == os.getuid():
+        folder.chmod(0o1777)
+    told = float("-inf")
+    while True:
+        for index, name in names.items():
+            lock = FileLock(folder / f"{name}.lock", mode=0o666, thread_local=False)
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                continue
+            _held[name] = lock
+            return index
+        if time.monotonic() - told >= TELL_SECONDS:
+            log.info("waiting for a GPU: all of %s are leased by other processes", [*names])
+            told = time.monotonic()
+        time.sleep(POLL_SECONDS)
+
+
+def _name(index: int) -> str:
+    # CUDA_VISIBLE_DEVICES renumbers GPUs; their ids stay.
+    return str(torch.cuda.get_device_properties(index).uuid)
