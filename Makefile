@@ -5,10 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo ui test lint typecheck unit clean
+.PHONY: help install demo ui test lint typecheck unit bench-extraction clean
 
 help: ## Show this help
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 install: $(INSTALLED) ## Install into .venv, with pinned versions
 
@@ -35,6 +35,9 @@ typecheck: $(INSTALLED) ## Check types
 
 unit: $(INSTALLED) ## Run the tests and the examples in docstrings
 	$(BIN)/pytest -n 2 --dist loadfile
+
+bench-extraction: $(INSTALLED) ## Measure extraction; PEER=<python with histoencoder 0.1.1>, BENCH=<more options>
+	$(BIN)/python benchmarks/extraction.py $(if $(PEER),--peer $(PEER)) $(BENCH)
 
 clean: ## Remove the environment and the demo
 	rm -rf $(VENV) demo

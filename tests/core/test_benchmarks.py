@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from making import tissue_pixels, write_tiff
+
+from histoencoder_core.slides import open_slide
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+SETTINGS = {
+    "encoder", "device", "backend", "precision", "batch_size", "readers", "tile_px", "overlap"
+}  # fmt: skip
+
+
+def load_benchmark(name: str) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def region(tmp_path: Path) -> Path:
+    return write_tiff(tmp_path / "region.tiff", tissue_pixels(600, 400))
+
+
+def read_whole(path: Path) -> np.ndarray:
+    with open_slide(path) as slide:
+        return slide.read((0, 0, slide.width, slide.height))
+
+
+# --- slide.py
+
+
+def test_slide_is_a_pyramid_of_known_resolution(region: Path, tmp_path: Path) -> None:
+    script = load_benchmark("slide")
+    script.make_slide(region, tmp_path / "made.tiff", columns=4, rows=2)
+    with open_slide(tmp_path / "made.tiff") as slide:
+        assert slide.level_sizes == [(2400, 800), (1200, 400)]
+        assert slide.mpp == pytest.approx((script.MPP, script.MPP))
+
+
+def test_cells_are_flipped_copies_or_glass(region: Path, tmp_path: Path) -> None:
+    script = load_benchmark("slide")
+    for name in ("made.tiff", "again.tiff"):
+        script.make_slide(region, tmp_path / name, columns=4, rows=2)
+    pixels = read_whole(tmp_path / "made.tiff")
+    np.testing.assert_array_equal(pixels, read_whole(tmp_path / "again.tiff"))
+    copied = read_whole(region).astype(int)
+    flips = [copied[::y, ::x] for y in (1, -1) for x in (1, -1)]
+    blank = 0
+    for top in range(0, 800, 400):
+        for left in range(0, 2400, 600):
+            cell = pixels[top : top + 400, left : left + 600].astype(int)
+            if np.abs(cell - script.GLASS).mean() < 1:
+                blank += 1
+            else:
+                assert min(np.abs(cell - flip).mean() for flip in flips) < 4
+    assert blank == round(script.BLANK_SHARE * 8)
+
+
+# --- extraction.py
+
+
+def run_extraction(*options: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCHMARKS / "extraction.py"), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def assert_spread(figures: dict[str, Any]) -> None:
+    assert len(figures["values"]) == 1
+    assert 0 < figures["min"] <= figures["median"] <= figures["max"]
+
+
+@pytest.mark.slow
+def test_extraction_prints_its_measures(region: Path, tmp_path: Path) -> None:
+    done = run_extraction(
+        *("--region", str(region), "--columns", "2", "--rows", "2"),
+        *("--encoder", "untrained:test_resnet", "--device", "cpu", "--backend", "eager"),
+        *("--batch-size", "4", "--readers", "2", "--width", "100", "--overlap", "0.25"),
+        *("--max-tiles", "10", "--copies", "2", "--repeat", "1"),
+        TMPDIR=str(tmp_path),
+    )
+    assert done.returncode == 0, done.stderr
+    lines = {line["measure"]: line for line in map(json.loads, done.stdout.splitlines())}
+    assert lines.keys() == {
+        "read_only", "read_plain", "encoder_only", "end_to_end", "start_up", "peak_rss_mb"
+    }  # fmt: skip
+    for line in lines.values():
+        assert_spread(line)
+        assert line["unit"]
+        assert line["repeats"] == 1
+        assert line["settings"].keys() >= SETTINGS
+        assert line["machine"].keys() == {"cpu", "cores", "gpu", "load_at_start"}
+        assert line["versions"].keys() == {"python", "torch", "openvino", "ours"}
+        assert line["date"]
+    assert_spread(lines["read_only"]["ratio"])
+    assert_spread(lines["end_to_end"]["share"])
+    assert [lines[name]["tiles"] for name in ("read_only", "read_plain", "end_to_end")] == [
+        10, 10, 20
+    ]  # fmt: skip
+    chosen = lines["end_to_end"]["settings"]
+    assert (chosen["backend"], chosen["batch_size"], chosen["tile_px"]) == ("eager", 4, 100)
+    # The slide is kept for the next time, what was measured with it is not.
+    assert len([*tmp_path.glob("histoencoder-benchmark/*.tiff")]) == 1
+    assert not [*tmp_path.rglob("*.parquet")]
+
+
+def test_peer_has_no_other_encoders(region: Path) -> None:
+    done = run_extraction(
+        *("--slide", str(region), "--encoder", "untrained:test_resnet"),
+        *("--peer", sys.executable),
+    )
+    assert done.returncode == 2
+    assert "prostate_small" in done.stderr
