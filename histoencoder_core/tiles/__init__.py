@@ -2,7 +2,8 @@
 
 Flow: `tissue` finds tissue on a slide's overview, `grid` lays tiles over it, `quality` measures
 them, `cut` writes ``metadata.parquet`` with its pictures. `source` gives the feature stage a
-slide's tiles, whether they were cut here, by HistoPrep, or are just a folder of images.
+slide's tiles, whether they were cut here, by HistoPrep, or are just a folder of images; `pixels`
+reads them, neighbours together.
 """
 
 from histoencoder_core.tiles.cut import cut_tiles, tiles_stamp
