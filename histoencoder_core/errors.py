@@ -36,7 +36,7 @@ class SlideError(HistoEncoderError):
     Attributes:
         kind: The class of the failure, one word a technician can search for: ``missing``,
             ``unreadable``, ``unsupported``, ``no-mpp``, ``implausible-mpp``, ``too-fine``,
-            ``dark-background``, ``too-small`` or ``unreadable-tiles``.
+            ``dark-background``, ``too-small``, ``no-tiles`` or ``unreadable-tiles``.
     """
 
     def __init__(self, message: str, *, kind: str) -> None:

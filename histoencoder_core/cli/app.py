@@ -18,6 +18,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # Rich would take "[default: …]" for markup and drop it
     context_settings={"help_option_names": ["--help"]},
 )
 

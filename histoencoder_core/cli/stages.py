@@ -195,14 +195,15 @@ def extract(
     normalise: Annotated[
         str | None,
         typer.Option(
-            help="'slide' estimates each slide's own, as 0.1.1 did.  [default: encoder]",
+            help="'slide' estimates each slide's own mean and deviation, as HistoEncoder 0.1.1 "
+            "did.  [default: encoder]",
         ),
     ] = None,
     use_cpu: Annotated[
         bool, typer.Option("--use-cpu", "-c", help="Do not look for a GPU.")
     ] = False,
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or cuda:N.  [default: auto]")
+        str | None, typer.Option(help="auto, cpu, cuda or cuda:N.  [default: auto]")
     ] = None,
     backend: Annotated[
         str | None, typer.Option(help="openvino, compile or eager.  [default: auto]")
@@ -429,6 +430,8 @@ def first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
     where = ".".join(map(str, problem["loc"]))
     text = problem["msg"].removeprefix("Value error, ")
+    if where == "device" and problem["type"] == "string_pattern_mismatch":
+        text = f"There is no device {problem['input']!r}. Choose auto, cpu, cuda or cuda:N."
     return f"{where}: {text}" if where else text
 
 

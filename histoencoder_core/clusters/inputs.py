@@ -121,17 +121,52 @@ def feature_files(
         found = [f for f in found if f.stamp is None or made_by(f.stamp, encoder)]
     counts = Counter((file.encoder, file.length, file.space) for file in found)
     if len(counts) > 1:
-        # One encoder's spaces differ by weights, input size or blocks.
-        told = "; ".join(
-            f"slides by {name}, length {length}, space {space[:8]}: {n}"
-            for (name, length, space), n in counts.most_common()
-        )
-        raise ClusterError(
-            f"{store.root}: holds features that can't be compared ({told}). Extract all slides "
-            "with one encoder, or keep a store for each."
-        )
+        raise ClusterError(_not_comparable(store, found, counts))
     if not found:
         raise ClusterError(
             f"{store.root}: no slide has features yet. Run `histoencoder extract` first."
         )
     return found
+
+
+def _not_comparable(
+    store: Store, found: list[FeatureFile], counts: Counter[tuple[str, int, str]]
+) -> str:
+    """Say which slides' features live where, and in what one encoder's spaces differ."""
+    recipes = {(file.encoder, file.length, file.space): _recipe(file) for file in found}
+    values: dict[tuple[str, str], set[str | None]] = {}
+    for (encoder, *_), recipe in recipes.items():
+        for name in {name for other in recipes.values() for name in other} if recipe else ():
+            values.setdefault((encoder, name), set()).add(recipe.get(name))
+    differing = {key for key, told in values.items() if len(told) > 1}
+    groups = []
+    for group, count in counts.most_common():
+        encoder, length, space = group
+        differs = [
+            f"{name} {value}"
+            for name, value in recipes[group].items()
+            if (encoder, name) in differing
+        ]
+        words = [f"slides by {encoder}", f"length {length}", *differs, f"space {space[:8]}"]
+        groups.append(f"{', '.join(words)}: {count}")
+    remedy = "Extract all slides with one encoder and the same options, or keep a store for each."
+    if any(name == "precision" for _, name in differing):
+        # Under auto, slides count as done in whatever precision they were encoded.
+        remedy += (
+            " Precision auto takes what is there as done, in any precision, so running it again "
+            "changes nothing: set `--precision float32` (or HISTOENCODER_ENCODER__PRECISION="
+            "float32) and extract again."
+        )
+    return f"{store.root}: holds features that can't be compared ({'; '.join(groups)}). {remedy}"
+
+
+def _recipe(file: FeatureFile) -> dict[str, str]:
+    """What a stamp tells about how features were made, in words; empty without a stamp."""
+    made_from = dict(file.stamp.made_from["encoder"]) if file.stamp is not None else {}
+    made_from.pop("name", None)
+    if (weights := made_from.pop("weights_sha256", None)) is not None:
+        made_from["weights"] = weights[:8]
+    if isinstance(scale := made_from.get("normalisation"), dict):
+        mean, std = (" ".join(map(str, scale[name])) for name in ("mean", "std"))
+        made_from["normalisation"] = f"mean {mean} deviation {std}"
+    return {name.replace("_", " "): str(value) for name, value in made_from.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ import torch
 
 from histoencoder_core.errors import SettingsError
 from histoencoder_core.features.execution import Execution
+from histoencoder_core.settings import Backend
 
 Compute = Callable[[torch.Tensor], torch.Tensor]
 """From float32 images (batch, 3, size, size) to float32 features (batch, length), on the device."""
@@ -36,6 +38,15 @@ def build(module: torch.nn.Module, execution: Execution, size: int) -> Compute:
     return _pytorch(module, execution)
 
 
+def versions(backend: Backend) -> dict[str, str]:
+    """Versions of what a backend computes with, besides PyTorch's."""
+    if backend == "openvino":
+        return {"openvino": importlib.metadata.version("openvino")}
+    if backend == "compile" and torch.cuda.is_available():
+        return {"triton": importlib.metadata.version("triton"), "cuda": str(torch.version.cuda)}
+    return {}
+
+
 def _pytorch(module: torch.nn.Module, execution: Execution) -> Compute:
     device = torch.device(execution.device)
     module = module.to(device)
@@ -43,8 +54,8 @@ def _pytorch(module: torch.nn.Module, execution: Execution) -> Compute:
         module = module.to(memory_format=torch.channels_last)
     run: Compute = module
     if execution.backend == "compile":
-        # The default mode: others time kernels against each other and take what wins that day.
-        run = torch.compile(module, dynamic=False)
+        # Otherwise kernels would be timed against each other, and what wins that day be taken.
+        run = torch.compile(module, dynamic=False, options={"deterministic": True})
 
     def compute(images: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode(), _exact(), _autocast(execution):
@@ -61,11 +72,18 @@ def _autocast(execution: Execution) -> contextlib.AbstractContextManager[object]
     return torch.autocast(kind, dtype=getattr(torch, execution.precision))
 
 
-def _exact() -> contextlib.AbstractContextManager[object]:
-    """Neither rounded to TF32 nor chosen by timing."""
-    return torch.backends.cudnn.flags(
-        enabled=True, benchmark=False, deterministic=True, allow_tf32=False
-    )
+@contextlib.contextmanager
+def _exact() -> Iterator[None]:
+    """Neither rounded to TF32, which the environment can ask for, nor chosen by timing."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(
+            enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+        ):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _openvino(module: torch.nn.Module, execution: Execution, size: int) -> Compute:

@@ -14,7 +14,7 @@ from timm.models.xcit import Xcit
 from histoencoder_core.errors import SettingsError, WeightsError
 from histoencoder_core.features import hub, weights
 from histoencoder_core.features.pathmnist import build_densenet121, fetch_capricorn
-from histoencoder_core.features.xcit import extract_features
+from histoencoder_core.features.xcit import check_num_blocks, extract_features
 from histoencoder_core.settings import EncoderSettings, PlatformSettings, Precision, fingerprint
 
 ARCHITECTURES = {
@@ -184,6 +184,10 @@ def load_encoder(
         raise SettingsError(f"There is no encoder {name!r}.{hint} Choose from: {names}.")
     weights_sha256 = weights.state_dict_sha256(module)
     if isinstance(module, Xcit):
+        try:
+            check_num_blocks(module, settings.num_blocks)
+        except ValueError as error:
+            raise SettingsError(f"{name}: {error}") from error
         module = _XcitFeatures(module, settings)
     elif settings.num_blocks != 1 or settings.avg_pool:
         raise SettingsError(
@@ -278,6 +282,8 @@ def _load(module: torch.nn.Module, path: Path) -> None:
 def _from_hub(name: str, arguments: dict[str, Any], folder: Path) -> torch.nn.Module:
     try:
         return _create(name.removeprefix(TIMM), arguments, pretrained=True)
+    except SettingsError:
+        raise
     except Exception as error:  # the hub's client raises many kinds
         problem = " ".join(f"{type(error).__name__}: {error}".split())[:600]
         if isinstance(error, _MISFITS) and "No pretrained weights" not in problem:
@@ -304,6 +310,12 @@ def _create(
 ) -> torch.nn.Module:
     try:
         return timm.create_model(timm_name, pretrained=pretrained, num_classes=0, **arguments)
+    except AssertionError as error:
+        if "img_size" not in arguments:
+            raise
+        raise SettingsError(
+            f"{timm_name} can't take tiles of {arguments['img_size']} px: {error}"
+        ) from error
     except TypeError:
         if "img_size" not in arguments:
             raise

@@ -13,7 +13,6 @@ import torch
 
 from histoencoder_core.errors import SettingsError
 from histoencoder_core.features.encoders import Encoder
-from histoencoder_core.features.lease import lease_gpu
 from histoencoder_core.settings import Backend, Precision
 
 CPU_BATCH, GPU_BATCH = 8, 256
@@ -24,7 +23,7 @@ class Execution:
     """How an encoder is executed.
 
     Attributes:
-        device: ``cpu`` or ``cuda:N``.
+        device: ``cpu``, ``cuda:N``, or ``cuda`` for any GPU that is free when work begins.
         backend: What executes it.
         precision: Of its arithmetic.
         batch_size: Tiles a forward pass; a last, smaller batch is filled up.
@@ -47,7 +46,8 @@ def choose_execution(
 
     On a CPU: OpenVINO, float32, batches of 8. OpenVINO was the fastest backend in parity (see
     docs/performance.md), and its results depend neither on the batch nor on the number of threads.
-    On a GPU: PyTorch's compiler, the encoder's `gpu_precision`, batches of 256. A GPU is leased.
+    On a GPU: PyTorch's compiler, the encoder's `gpu_precision` if the GPU has it, else float32, and
+    batches of 256.
 
     Args:
         encoder: The encoder; its settings may fix the precision.
@@ -64,14 +64,14 @@ def choose_execution(
         raise SettingsError("The backend openvino is for CPUs; on a GPU choose compile or eager.")
     precision = encoder.settings.precision
     if precision == "auto":
-        precision = encoder.gpu_precision if on_gpu else "float32"
+        precision = _gpu_precision(encoder) if on_gpu else "float32"
     elif precision == "float16" and not on_gpu:
         raise SettingsError(
             "float16 arithmetic needs a GPU. Choose float32 or bfloat16; to store features as "
             "float16 set dtype (--float16)."
         )
     return Execution(
-        device=_leased(device) if on_gpu else "cpu",
+        device=("cuda" if device == "auto" else device) if on_gpu else "cpu",
         backend=chosen,
         precision=precision,
         batch_size=batch_size or (GPU_BATCH if on_gpu else CPU_BATCH),
@@ -83,14 +83,15 @@ def _on_gpu(device: str) -> bool:
         return device == "auto" and torch.cuda.is_available()
     if not torch.cuda.is_available():
         raise SettingsError(f"Device {device} was asked for, but PyTorch finds no GPU here.")
+    count = torch.cuda.device_count()
+    if int(device.partition(":")[2] or 0) >= count:
+        raise SettingsError(f"There is no {device}: PyTorch finds {count} GPUs here.")
     return True
 
 
-def _leased(device: str) -> str:
-    """A free GPU, or the one that is named."""
-    if ":" not in device:
-        return f"cuda:{lease_gpu()}"
-    index, count = int(device.partition(":")[2]), torch.cuda.device_count()
-    if index >= count:
-        raise SettingsError(f"There is no {device}: PyTorch finds {count} GPUs here.")
-    return f"cuda:{lease_gpu([index])}"
+def _gpu_precision(encoder: Encoder) -> Precision:
+    if encoder.gpu_precision == "bfloat16" and not torch.cuda.is_bf16_supported(
+        including_emulation=False
+    ):
+        return "float32"
+    return encoder.gpu_precision

@@ -7,6 +7,7 @@ bounded, so memory stays flat and the slowest of them, which should be the encod
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -34,6 +35,8 @@ from histoencoder_core.store import SlideFolder, Stamp, Store, layout
 from histoencoder_core.store.tables import feature_list, read_table, widen
 from histoencoder_core.tiles import TileSource, tile_source
 from histoencoder_core.tiles.pixels import TilePixels
+
+log = logging.getLogger(__name__)
 
 ALGORITHM = layout.FEATURES_ALGORITHM
 
@@ -130,7 +133,6 @@ class _Slide:
         reasons: Why a tile can't be read, by row.
         batches: Rows with the features that they get.
         started: When its first batch was run.
-        seconds: From then until its last batch was run.
         made_with: How it was encoded: the batch size may shrink for the next slide.
         found: The stamp of features that were there already.
         error: Why it failed.
@@ -143,7 +145,6 @@ class _Slide:
     reasons: dict[int, str] = field(default_factory=dict)
     batches: list[tuple[list[int], Batch]] = field(default_factory=list)
     started: float = 0.0
-    seconds: float = 0.0
     made_with: dict[str, Any] = field(default_factory=dict)
     found: Stamp | None = None
     error: Exception | None = None
@@ -198,8 +199,8 @@ class _Extraction:
                         self._run_batch(slide, *step)
                         told += len(step[0])
                         continue
-                    slide.made_with = self.runner.description
-                    slide.seconds = time.perf_counter() - slide.started if slide.batches else 0.0
+                    if slide.batches:
+                        slide.made_with = self.runner.description
                     free.acquire()
                     written = writer.submit(self._finish, slide)
                     written.add_done_callback(lambda _: free.release())
@@ -241,12 +242,16 @@ class _Extraction:
         encoder, execution = self.runner.encoder, self.runner.execution
         slide.stamp = features_stamp(upstream, encoder, execution.precision)
         slide.found = None if self.overwrite else _found(slide.folder, upstream, self.runner)
-        if slide.found is not None or source.keys.num_rows == 0:
+        if slide.found is not None:
+            return
+        slide.folder.refuse_foreign("features")  # before the work, not after
+        count = source.keys.num_rows
+        if count == 0:
             return
         # The blocks are closed first: a slide must not be closed while threads read it.
         with source.open() as pixels, closing(read_blocks(pixels, self.readers)) as blocks:
             if encoder.settings.normalise == "slide":
-                slide.normalisation = self._estimate(pixels, source.keys.num_rows)
+                slide.normalisation = self._estimate(pixels, count)
             blank = np.full((encoder.input_size, encoder.input_size, 3), 255, np.uint8)
             for rows, tiles in in_batches(blocks, execution.batch_size):
                 images = []
@@ -257,17 +262,22 @@ class _Extraction:
                         images.append(blank)
                     else:
                         images.append(tile)
-                yield slide, (rows, self.runner.prepare(images, slide.normalisation))
+                # A slide that fails is only read to its end to count what can't be read.
+                if len(slide.reasons) <= MAX_UNREADABLE * count:
+                    yield slide, (rows, self.runner.prepare(images, slide.normalisation))
 
     def _estimate(self, pixels: TilePixels, count: int) -> Normalisation:
         rng = np.random.default_rng(self.runner.encoder.settings.seed)
         drawn = rng.choice(count, min(count, NORMALISING_TILES), replace=False).tolist()
         with closing(read_blocks(pixels, self.readers, drawn)) as blocks:
-            found = [tile for _, tiles in blocks for tile in tiles]
-        tiles = [tile for tile in found if not isinstance(tile, SlideError)]
-        if not tiles:
-            raise SlideError("None of its tiles can be read.", kind="unreadable-tiles")
-        return estimate_normalisation(tiles)
+            tiles = (tile for _, found in blocks for tile in found)
+            try:
+                return estimate_normalisation(t for t in tiles if not isinstance(t, SlideError))
+            except ValueError as error:
+                raise SlideError(
+                    f"None of {len(drawn)} tiles that were tried can be read.",
+                    kind="unreadable-tiles",
+                ) from error
 
     # --- the writing thread
 
@@ -282,7 +292,11 @@ class _Extraction:
                     inputs = slide.stamp.fingerprint if slide.stamp else None
                     slide.folder.record_failure("features", error, inputs=inputs)
             finally:
-                future.set_exception(error)
+                if not isinstance(error, HistoEncoderError):
+                    log.exception("the features of %s failed", slide.folder.slide_id)
+                # By their tracebacks, failures would keep what their slides held in memory.
+                slide.batches.clear()
+                future.set_exception(_without_tracebacks(error))
         else:
             future.set_result(stamp)
 
@@ -296,7 +310,7 @@ class _Extraction:
         assert slide.stamp is not None
         encoder, keys = self.runner.encoder, slide.source.keys
         features = _collected(slide, keys, encoder)
-        seconds = slide.seconds
+        seconds = slide.batches[-1][1].done_at - slide.started if slide.batches else 0.0
         stamp = slide.stamp.with_result(
             tiles=len(features),
             unreadable=len(slide.reasons),
@@ -312,6 +326,14 @@ class _Extraction:
         with slide.folder.writing("features") as writer:
             writer.table(widen(table) if self.wide else table, stamp)
         return stamp.just_made()
+
+
+def _without_tracebacks(error: Exception) -> Exception:
+    link: BaseException | None = error
+    while link is not None:
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__
+    return error
 
 
 def _tiles_of(store: Store, folder: SlideFolder) -> TileSource:

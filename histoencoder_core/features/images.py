@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,14 +46,20 @@ def normalised(
     offset = torch.tensor(
         [m / s for m, s in zip(normalisation.mean, normalisation.std, strict=True)], device=device
     )
+
+    def finished(stacked: np.ndarray) -> torch.Tensor:
+        return _resized(stacked, size, device) / scale.view(3, 1, 1) - offset.view(3, 1, 1)
+
+    groups = _by_shape(tiles)
+    if len(groups) == 1:
+        return finished(groups[0][1])
     batch = torch.empty(len(tiles), 3, size, size, device=device)
-    for places, stacked in _by_shape(tiles):
-        pixels = _resized(stacked, size, device)
-        batch[places] = pixels / scale.view(3, 1, 1) - offset.view(3, 1, 1)
+    for places, stacked in groups:
+        batch[places] = finished(stacked)
     return batch
 
 
-def estimate_normalisation(tiles: Sequence[np.ndarray]) -> Normalisation:
+def estimate_normalisation(tiles: Iterable[np.ndarray]) -> Normalisation:
     """Estimate a slide's normalisation as HistoEncoder 0.1.1 did, through HistoPrep 2.
 
     Args:
@@ -61,9 +67,14 @@ def estimate_normalisation(tiles: Sequence[np.ndarray]) -> Normalisation:
 
     Returns:
         The means, over tiles, of each tile's mean and standard deviation; 1 for a deviation of 0.
+
+    Raises:
+        ValueError: There are no tiles.
     """
-    means = np.mean([tile.mean(axis=(0, 1)) / 255 for tile in tiles], axis=0)
-    stds = np.mean([tile.std(axis=(0, 1)) / 255 for tile in tiles], axis=0)
+    moments = [(tile.mean(axis=(0, 1)) / 255, tile.std(axis=(0, 1)) / 255) for tile in tiles]
+    if not moments:
+        raise ValueError("There are no tiles to estimate a normalisation from.")
+    means, stds = np.mean(moments, axis=0)
     stds[stds == 0] = 1  # tiles of one colour would be divided by zero
     return Normalisation(tuple(means.tolist()), tuple(stds.tolist()))
 
@@ -87,6 +98,18 @@ def _resized(stacked: np.ndarray, size: int, device: torch.device) -> torch.Tens
         return pixels
     if device.type == "cpu":
         return functional.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
-    # PyTorch resizes uint8 on CPUs only.
+    return resized_in_float(pixels, size)
+
+
+def resized_in_float(pixels: torch.Tensor, size: int) -> torch.Tensor:
+    """Resize as a GPU does, for which PyTorch has no resizing of uint8.
+
+    Args:
+        pixels: uint8 of shape (tiles, 3, height, width).
+        size: Width and height in pixels of the result.
+
+    Returns:
+        float32 of shape (tiles, 3, size, size) with whole grey values.
+    """
     exact = functional.interpolate(pixels.float(), (size, size), mode="bilinear", antialias=True)
     return exact.round().clamp(0, 255)

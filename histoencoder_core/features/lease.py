@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
+from histoencoder_core.errors import SettingsError
+
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
@@ -27,8 +29,12 @@ _leasing = threading.Lock()
 
 
 def lease_folder() -> Path:
-    """The folder of lock files, one for all users of this machine."""
-    return Path(tempfile.gettempdir()) / "histoencoder-gpus"
+    """The folder of lock files, one for all users of this machine.
+
+    TMPDIR does not move it: processes that differ in it would lease the same GPU.
+    """
+    shared = "/tmp" if os.name == "posix" else tempfile.gettempdir()  # noqa: S108
+    return Path(shared) / "histoencoder-gpus"
 
 
 def lease_gpu(indices: Sequence[int] | None = None) -> int:
@@ -41,6 +47,9 @@ def lease_gpu(indices: Sequence[int] | None = None) -> int:
 
     Returns:
         The GPU's index.
+
+    Raises:
+        SettingsError: The lock files can't be used.
     """
     names = {index: _name(index) for index in indices or range(torch.cuda.device_count())}
     with _leasing:
@@ -52,23 +61,43 @@ def _lease(names: dict[int, str]) -> int:
         if name in _held:
             return index
     folder = lease_folder()
-    folder.mkdir(exist_ok=True)
-    if folder.stat().st_uid == os.getuid():
-        folder.chmod(0o1777)
+    _open_to_all(folder)
     told = float("-inf")
     while True:
         for index, name in names.items():
-            lock = FileLock(folder / f"{name}.lock", mode=0o666, thread_local=False)
+            path = folder / f"{name}.lock"
+            lock = FileLock(path, mode=0o666, thread_local=False)  # whatever the umask says
             try:
                 lock.acquire(blocking=False)
             except Timeout:
                 continue
+            except OSError as error:
+                raise _unusable(path, error) from error
             _held[name] = lock
             return index
         if time.monotonic() - told >= TELL_SECONDS:
-            log.info("waiting for a GPU: all of %s are leased by other processes", [*names])
+            log.warning("waiting for a GPU: all of %s are leased by other processes", [*names])
             told = time.monotonic()
         time.sleep(POLL_SECONDS)
+
+
+def _open_to_all(folder: Path) -> None:
+    """Make the folder. It is not sticky: in sticky ones `filelock` refuses other users' files."""
+    try:
+        folder.mkdir(exist_ok=True)
+        if os.name == "posix" and folder.stat().st_uid == os.geteuid():
+            folder.chmod(0o777)
+    except OSError as error:
+        raise _unusable(folder, error) from error
+
+
+def _unusable(path: Path, error: OSError) -> SettingsError:
+    folder = lease_folder()
+    return SettingsError(
+        f"{path}: can't be used to lease a GPU ({error.strerror or error}). All users share the "
+        f"folder {folder}: its owner should run `chmod 0777 {folder}; chmod a+rw {folder}/*`, or "
+        "delete it while no program of HistoEncoder runs."
+    )
 
 
 def _name(index: int) -> str:

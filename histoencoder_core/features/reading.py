@@ -123,7 +123,10 @@ def ahead(items: Generator[T], depth: int) -> Iterator[Iterator[T]]:
     def drain() -> Iterator[T]:
         while (item := waiting.get()) is not None:
             if isinstance(item, BaseException):
-                raise item
+                try:
+                    raise item
+                finally:
+                    del item  # it would hold, by its traceback, itself and all that it came from
             yield item[0]
 
     thread = threading.Thread(target=fill, name="read-ahead", daemon=True)

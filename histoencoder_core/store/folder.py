@@ -70,7 +70,7 @@ class SlideFolder:
         stamp = read_stamp(kept / layout.RECORD[stage])
         if stamp is None or stamp.fingerprint != fingerprint:
             return False
-        self._refuse_foreign(stage)
+        self.refuse_foreign(stage)
         self._replace(stage, kept)
         with contextlib.suppress(OSError):
             kept.rmdir()
@@ -86,7 +86,7 @@ class SlideFolder:
         Raises:
             StoreError: A file that is not ours stands in the way, or no record was written.
         """
-        self._refuse_foreign(stage)
+        self.refuse_foreign(stage)
         self.path.mkdir(parents=True, exist_ok=True)
         room = files.temporary_name(self.path / stage)
         room.mkdir()
@@ -174,7 +174,12 @@ class SlideFolder:
                 files.remove(kept / name)
                 self.file(name).replace(kept / name)
 
-    def _refuse_foreign(self, stage: Stage) -> None:
+    def refuse_foreign(self, stage: Stage) -> None:
+        """Make sure that no other program's files stand where a stage would write.
+
+        Raises:
+            StoreError: Some do; the message names the first.
+        """
         names = (layout.RECORD[stage], *layout.COMPANIONS[stage])
         for name in names:
             path = self.file(name)

@@ -147,7 +147,8 @@ def test_how_an_encoder_is_run_can_be_asked_for(program, data: Path) -> None:
     }
     assert stamp.made_from["encoder"]["normalisation"] == "slide"
     for words, problem in (
-        (["--device", "gpu"], "device"),
+        (["--device", "gpu"], "There is no device 'gpu'. Choose auto, cpu, cuda or cuda:N."),
+        (["--input-size", "225", "-m", "untrained:xcit_nano_12_p16_224"], "225 px"),
         (["--backend", "tensorrt"], "backend"),
         (["--precision", "float64"], "precision"),
         (["--normalise", "tile"], "normalise"),
@@ -207,6 +208,18 @@ def test_mistakes_are_told_in_one_line(program, data: Path) -> None:
         assert code == 1, words
         assert told in error
         assert "Traceback" not in error
+
+
+def test_help_tells_defaults(program) -> None:
+    for command, *told in (
+        ("tile", "default: 0.5", "default: Otsu's"),
+        ("extract", "default: auto", "'slide' estimates each slide's own mean", "auto, cpu, cuda"),
+        ("cluster", "default: 8 16 24 32 64 128"),
+        ("status", "default: HISTOENCODER_STORE"),
+    ):
+        code, out, _ = program(command, "--help")
+        assert code == 0
+        assert all(words in " ".join(out.split()) for words in told), out
 
 
 def test_pruning_asks_first(program, data: Path) -> None:

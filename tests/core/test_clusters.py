@@ -72,9 +72,10 @@ def write_features(
     weights: str = "w1",
     untrained: bool = False,
     unreadable: Iterable[int] = (),
+    **recipe: Any,
 ) -> None:
     """Write a slide's features as the stage before does."""
-    made_from = {"name": encoder, "weights_sha256": weights, "length": features.shape[1]}
+    made_from = {"name": encoder, "weights_sha256": weights, "length": features.shape[1], **recipe}
     space = hashlib.sha256(repr(made_from).encode()).hexdigest()
     content = hashlib.sha256(features.tobytes()).hexdigest()
     stamp = Stamp.of(
@@ -253,7 +254,41 @@ def test_spaces_are_not_mixed(store: Store) -> None:
     assert counts == ["3", "1", "1"]
     assert "slides by toy, length 16" in message
     assert "slides by smaller, length 8" in message
+    assert "toy, length 16, weights w1, space" in message
+    assert "toy, length 16, weights w2, space" in message
+    assert "smaller, length 8, space" in message
+    assert "precision" not in message
     assert len(feature_files(store, slides=["a", "b", "c"])) == 3
+
+
+def test_what_parts_the_spaces_of_one_encoder_is_told(store: Store) -> None:
+    features = blobs(20, 2)[0]
+    scale = {"mean": [0.5], "std": [0.2]}
+    for slide, precision, normalisation, size in (
+        ("a", "float32", scale, 224),
+        ("b", "float16", scale, 224),
+        ("c", "float32", "slide", 96),
+    ):
+        write_features(
+            store,
+            slide,
+            features,
+            precision=precision,
+            normalisation=normalisation,
+            input_size=size,
+            num_blocks=1,
+        )
+    write_foreign_features(store, "d", features)
+    with pytest.raises(ClusterError) as caught:
+        feature_files(store)
+    message = str(caught.value)
+    same = "slides by toy, length 16, precision"
+    assert f"{same} float32, normalisation mean 0.5 deviation 0.2, input size 224, sp" in message
+    assert f"{same} float16, normalisation mean 0.5 deviation 0.2, input size 224, sp" in message
+    assert f"{same} float32, normalisation slide, input size 96, space" in message
+    assert "num blocks" not in message
+    assert "weights" not in message
+    assert "set `--precision float32` (or HISTOENCODER_ENCODER__PRECISION=float32)" in message
 
 
 # Drawing a sample and batches --------------------------------------------------------------------

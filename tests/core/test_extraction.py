@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import logging
@@ -642,6 +643,30 @@ def test_no_more_is_read_ahead_than_the_encoder_soon_needs(
     # Encoded, in the queue, about to be put there, and blocks that are read or not yet parted.
     assert ahead <= 8 * (1 + extraction._BATCHES_AHEAD + 1) + block * (waiting + 1) + 8
     assert [futures[s].result().result["tiles"] for s in sources] == [1000] * 3
+
+
+def test_a_failed_slide_leaves_nothing_in_memory(store: Store, offer: Callable[..., None]) -> None:
+    broken = colour_pixels(40)
+    broken.tiles[33] = SlideError("torn", kind="unreadable")
+    offer(a=broken)
+    with extract_slides(store, ["a"], eager()) as futures:
+        error = futures["a"].exception()
+    assert isinstance(error, SlideError)
+    gc.collect()
+    assert not [thing for thing in gc.get_objects() if type(thing) is extraction._Slide]
+
+
+def test_other_programs_features_are_refused_before_the_work(
+    store: Store, offer: Callable[..., None]
+) -> None:
+    source = colour_pixels(40)
+    offer(a=source)
+    path = store.slide("a").record("features")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"mine": [1]}), path)
+    with extract_slides(store, ["a"], eager()) as futures:
+        assert isinstance(futures["a"].exception(), StoreError)
+    assert source.reads == 0
 
 
 def test_no_more_slides_wait_to_be_written_than_may(

@@ -235,6 +235,27 @@ def test_a_repository_of_another_library(fake_hub: Hub, tmp_path: Path) -> None:
         load(name, tmp_path)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["untrained:xcit_nano_12_p16_224", "timm:xcit_nano_12_p16_224", "prostate_small"],
+)
+def test_a_size_and_blocks_that_a_network_does_not_have(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {"depth": 1, "cls_attn_layers": 1}
+    create = timm.create_model
+    monkeypatch.setattr(encoders.timm, "create_model", lambda n, **kw: create(n, **kw, **small))
+    architecture = encoders.ARCHITECTURES.get(name, "xcit_nano_12_p16_224")
+    state = create(architecture, num_classes=0, **small).state_dict()
+    stem = name if name in encoders.ARCHITECTURES else "timm_xcit_nano_12_p16_224"
+    save_file(state, tmp_path / f"{stem}.safetensors")
+    with pytest.raises(SettingsError, match=r"can't take tiles of 225 px: .*patch_size"):
+        load(name, tmp_path, input_size=225)
+    with pytest.raises(SettingsError, match=f"{name}: num_blocks must be .* encoder's 2, not 3"):
+        load(name, tmp_path, num_blocks=3)
+    assert load(name, tmp_path, num_blocks=2, input_size=48).input_size == 48
+
+
 @pytest.mark.parametrize("prefix", ["timm:", "untrained:"])
 def test_a_hub_model_has_one_name(fake_hub: Hub, tmp_path: Path, prefix: str) -> None:
     name = fake_hub.publish("org/tokens", network().state_dict(), **TOKENS)

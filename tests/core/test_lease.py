@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from histoencoder_core.errors import SettingsError
 from histoencoder_core.features import lease
 
 PATIENCE = 30.0
@@ -37,6 +40,9 @@ lease.lease_folder = lambda: Path(folder)
 print(lease.lease_gpu([int(asked)] if asked else None), flush=True)
 sys.stdin.read()
 """
+
+lease_folder = lease.lease_folder
+"""The real one, which no test below uses otherwise."""
 
 Hold = Callable[..., "Holder"]
 
@@ -132,7 +138,7 @@ def test_a_process_waits_for_a_gpu_and_says_so(
     listener = Listener()
     lease.log.addHandler(listener)
     try:
-        with caplog.at_level(logging.INFO, logger=lease.log.name):
+        with caplog.at_level(logging.WARNING, logger=lease.log.name):
             waiting = threading.Thread(target=lambda: got.append(lease.lease_gpu()))
             waiting.start()
             assert told.wait(PATIENCE)
@@ -157,8 +163,49 @@ def test_waiting_for_one_gpu_does_not_take_another(hold: Hold) -> None:
     assert got == [0]
 
 
-def test_other_users_may_lease_too(tmp_path: Path, hold: Hold) -> None:
-    assert lease.lease_gpu() == 0
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere folders have no sticky bit")
+def test_the_folder_is_the_same_whatever_tmpdir_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    assert tempfile.gettempdir() == str(tmp_path)
+    assert lease_folder() == Path("/tmp/histoencoder-gpus")
+
+
+def test_a_folder_that_can_not_be_made(tmp_path: Path) -> None:
+    (tmp_path / "gpus").write_text("in the way")
+    with pytest.raises(SettingsError, match=r"gpus: can't be used to lease a GPU .*delete it"):
+        lease.lease_gpu()
+
+
+def test_a_lock_file_that_can_not_be_opened(tmp_path: Path) -> None:
+    (tmp_path / "gpus" / "gpu-a.lock").mkdir(parents=True)
+    with pytest.raises(SettingsError, match=r"gpu-a\.lock: can't be used .*chmod a\+rw"):
+        lease.lease_gpu()
+    assert not lease._held
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root gives files away"
+)
+def test_a_lock_file_of_another_user_is_taken(tmp_path: Path) -> None:
     folder = tmp_path / "gpus"
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o1777
+    folder.mkdir()
+    folder.chmod(0o1777)  # as an earlier version made it
+    file = folder / "gpu-a.lock"
+    file.touch()
+    file.chmod(0o666)
+    os.chown(file, 12345, 12345)
+    assert lease.lease_gpu() == 0
+
+
+def test_other_users_may_lease_too(tmp_path: Path, hold: Hold) -> None:
+    mask = os.umask(0o077)
+    try:
+        assert lease.lease_gpu() == 0
+    finally:
+        os.umask(mask)
+    folder = tmp_path / "gpus"
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o777
     assert [stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()] == [0o666]

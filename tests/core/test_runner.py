@@ -18,12 +18,14 @@ from histoprep.functional import get_mean_and_std_from_images
 from PIL import Image
 
 from histoencoder_core.errors import HistoEncoderError, SettingsError
-from histoencoder_core.features import Encoder, Runner, backends, execution
-from histoencoder_core.features.execution import choose_execution
+from histoencoder_core.features import Encoder, Runner, backends
+from histoencoder_core.features import runner as runner_module
+from histoencoder_core.features.execution import Execution, choose_execution
 from histoencoder_core.features.images import (
     Normalisation,
     estimate_normalisation,
     normalised,
+    resized_in_float,
 )
 from histoencoder_core.settings import EncoderSettings
 from histoencoder_core.slides import open_slide
@@ -113,6 +115,15 @@ def test_a_small_tile_is_enlarged_as_pillow_does(tissue: np.ndarray) -> None:
     assert difference.max() <= 2
     assert (difference > 1).mean() < 1e-3
     assert (difference > 0).mean() < 0.05
+
+
+def test_tiles_are_resized_alike_where_only_floats_are(tissue: np.ndarray) -> None:
+    parts = cut(tissue, 512, 512, 6)
+    stacked = torch.from_numpy(np.stack(parts)).permute(0, 3, 1, 2)
+    floats = resized_in_float(stacked, 224).numpy().transpose(0, 2, 3, 1)
+    difference = np.abs(grey_values(parts, 224) - floats)
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 0.1
 
 
 def test_a_tile_of_the_encoders_size_is_left_as_it_is(tissue: np.ndarray) -> None:
@@ -230,7 +241,7 @@ def spoiled(
     """Let a backend do something to the features."""
     build = backends.build
 
-    def built(module: torch.nn.Module, how: execution.Execution, size: int) -> backends.Compute:
+    def built(module: torch.nn.Module, how: Execution, size: int) -> backends.Compute:
         compute = build(module, how, size)
         return (lambda images: spoil(compute(images))) if how.backend == backend else compute
 
@@ -285,6 +296,48 @@ def test_a_small_difference_is_told_from_a_large_one(monkeypatch: pytest.MonkeyP
             assert (runner.execution.backend == "openvino") is kept
 
 
+def test_float32_is_never_rounded_to_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    class Watched(Means):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            seen.append(torch.get_float32_matmul_precision())
+            return super().forward(images)
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        Runner(simple_encoder(Watched()), device="cpu", backend="eager").warm_up()
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert set(seen) == {"highest"}
+
+
+@pytest.mark.parametrize(
+    "told", ["CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`", "wrapped"]
+)
+def test_too_little_memory_is_no_reason_to_fall_back(
+    monkeypatch: pytest.MonkeyPatch, told: str
+) -> None:
+    def fails(*_: Any) -> Any:
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        except torch.OutOfMemoryError as error:
+            if told == "wrapped":
+                raise RuntimeError("backend compiler failed") from error
+        raise RuntimeError(told)
+
+    build = backends.build
+    monkeypatch.setattr(
+        backends, "build", lambda m, how, s: (build if how.batch_size == 2 else fails)(m, how, s)
+    )
+    runner = Runner(simple_encoder(), device="cpu", backend="auto")
+    with pytest.raises(torch.OutOfMemoryError):
+        runner.warm_up()
+    assert runner.execution.backend == "openvino"
+
+
 def test_a_network_of_no_use_is_not_blamed_on_the_backend() -> None:
     class Lost(Means):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -303,12 +356,13 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     leased: list[Any] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
 
     def lease(indices: Sequence[int] | None = None) -> int:
         leased.append(indices)
         return indices[0] if indices else 1
 
-    monkeypatch.setattr(execution, "lease_gpu", lease)
+    monkeypatch.setattr(runner_module, "lease_gpu", lease)
     return leased
 
 
@@ -340,18 +394,32 @@ def test_what_is_chosen_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_chosen_on_a_gpu(gpus: list[Any]) -> None:
-    assert chosen(named("prostate_small")) == ("cuda:1", "compile", "float16", 256)
+    assert chosen(named("prostate_small")) == ("cuda", "compile", "float16", 256)
     # float16 overflows: only encoders that are known not to are trusted with it.
     assert chosen(named("hf-hub:bioptimus/H-optimus-0"))[2] == "bfloat16"
     exact = named("prostate_small", precision="float32")
     assert chosen(exact, device="cuda", backend="eager")[1:3] == ("eager", "float32")
-    assert gpus == [None, None, None]
-    assert chosen(exact, device="cuda:0")[0] == "cuda:0"
-    assert gpus[3] == [0]
+    assert chosen(exact, device="cuda:1")[0] == "cuda:1"
     assert chosen(exact, device="cpu")[:2] == ("cpu", "openvino")
     with pytest.raises(SettingsError, match="There is no cuda:2: PyTorch finds 2"):
         choose_execution(exact, device="cuda:2")
-    assert len(gpus) == 4
+    assert gpus == []
+
+
+def test_a_gpu_is_leased_when_work_begins(gpus: list[Any]) -> None:
+    runner = Runner(named("prostate_small"))
+    assert gpus == []
+    assert str(runner.device) == runner.execution.device == "cuda:1"
+    assert str(Runner(named("prostate_small"), device="cuda:0").device) == "cuda:0"
+    assert gpus == [None, [0]]
+
+
+def test_a_gpu_without_bfloat16_computes_in_float32(
+    gpus: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    assert chosen(named("hf-hub:bioptimus/H-optimus-0"))[2] == "float32"
+    assert chosen(named("prostate_small"))[2] == "float16"
 
 
 def test_openvino_is_refused_on_a_gpu(gpus: list[Any]) -> None:
