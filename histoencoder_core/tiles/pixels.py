@@ -18,8 +18,9 @@ BLOCK_PX = 1536
 """Width and height of the regions in which a slide is read. Where tiles overlap by half, they are
 read 1.8 times as fast as one by one; larger regions leave threads idle at a slide's end."""
 
-WASTE = 1.1
-"""Pixels that a block may have to those of its tiles."""
+SHARED = 0.8
+"""Most pixels that a block may have, to those of its tiles: where tiles hardly overlap, one by one is
+as fast, and what lies between them is not decoded for nothing."""
 
 IMAGES_A_BLOCK = 8
 
@@ -141,14 +142,11 @@ def _neighbourhood(slide: Slide, place: Place, level: int, row: int) -> tuple[in
 
 
 def _dense(rows: list[int], places: Sequence[Place]) -> list[list[int]]:
-    """Part neighbours so that a read of all has hardly more pixels than the reads of each.
-
-    Where tiles are few, what lies between them would be decoded for nothing.
-    """
+    """Part neighbours into those that overlap enough to be worth one read."""
     left, top, right, bottom = _box([places[row] for row in rows])
     width, height = right - left, bottom - top
     alone = sum(places[row][2] * places[row][3] for row in rows)
-    if width * height <= WASTE * alone:
+    if len(rows) == 1 or width * height <= SHARED * alone:
         return [rows]
     axis = 0 if width > height else 1
     middle = sorted(places[row][axis] for row in rows)[len(rows) // 2]

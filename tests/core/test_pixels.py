@@ -78,7 +78,7 @@ def check_same_as_alone(path: Path, places: Sequence[Place], levels: Sequence[in
         (0, 64, 32, (0, 0, 0, 0), True),
         (0, 65, 40, (7, 3, 0, 0), True),
         (1, 64, 32, (0, 0, 0, 0), True),
-        (1, 64, 33, (1, 0, 0, 0), True),  # half of the tiles lie between the level's pixels
+        (1, 64, 17, (1, 0, 0, 0), True),  # half of the tiles lie between the level's pixels
         (1, 65, 32, (0, 0, 0, 0), False),  # no whole number of the level's pixels
         (2, 96, 48, (0, 0, 0, 0), False),  # the level is 3.003 times coarser
     ],
