@@ -19,8 +19,8 @@ BLOCK_PX = 1536
 read 1.8 times as fast as one by one; larger regions leave threads idle at a slide's end."""
 
 SHARED = 0.8
-"""Most pixels that a block may have, to those of its tiles: where tiles hardly overlap, one by one is
-as fast, and what lies between them is not decoded for nothing."""
+"""Most pixels that a block may have, to those of its tiles. Where tiles hardly overlap, one by one
+is as fast, and what lies between them is not decoded for nothing."""
 
 IMAGES_A_BLOCK = 8
 
