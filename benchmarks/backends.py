@@ -9,18 +9,14 @@ batch_difference: likewise, of the same images in batches of 1, 3 and 16 and in 
 ONNX Runtime is measured where it is installed, with `onnx` and `onnxscript`; the platform does not
 use it. Each measure has a process of its own, and the backends take turns.
 
-Usage: python benchmarks/backends.py [--encoder NAME] [--repeat N] [--only BACKEND …]
+Usage: python benchmarks/backends.py [--encoder NAME] [--repeat N] [--seconds S] [--only BACKEND …]
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime as dt
-import importlib.metadata
 import importlib.util
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -32,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from about import about
 
 from histoencoder_core.features import backends, load_encoder
 from histoencoder_core.features.encoders import Encoder
@@ -41,7 +38,6 @@ from histoencoder_core.settings import EncoderSettings
 BATCH = 8
 OTHER_BATCHES = (1, 3, 16)
 IMAGES = 48
-SECONDS = 10.0
 
 CHOICES = {
     "eager": ("eager", "float32"),
@@ -76,7 +72,7 @@ def _onnxruntime(encoder: Encoder, batch: int) -> Encode:
     return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
 
 
-def measure(name: str, encoder_name: str) -> dict[str, Any]:
+def measure(name: str, encoder_name: str, seconds: float) -> dict[str, Any]:
     """All figures of one backend, in this process."""
     encoder = load_encoder(EncoderSettings(name=encoder_name))
     size = encoder.input_size
@@ -99,7 +95,7 @@ def measure(name: str, encoder_name: str) -> dict[str, Any]:
     others = [all_features(encode, in_order[::-1].copy(), BATCH)]
     others += [all_features(built(name, encoder, n), in_order, n) for n in OTHER_BATCHES]
     rates = []
-    ends = time.perf_counter() + SECONDS
+    ends = time.perf_counter() + seconds
     while time.perf_counter() < ends:
         started = time.perf_counter()
         encode(images[:BATCH])
@@ -119,38 +115,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--encoder", default="untrained:xcit_small_12_p16_224")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=10.0, help="of encoding, for the rate")
     parser.add_argument("--only", nargs="+", choices=CHOICES, default=list(CHOICES))
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.measure:
-        print(json.dumps(measure(asked.measure, asked.encoder)))
+        print(json.dumps(measure(asked.measure, asked.encoder, asked.seconds)))
         return
     names = [n for n in asked.only if CHOICES[n] or importlib.util.find_spec("onnxruntime")]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for _ in range(asked.repeat):
         for name in names:
-            command = [sys.executable, __file__, "--encoder", asked.encoder, "--measure", name]
+            command = [sys.executable, __file__, "--encoder", asked.encoder]
+            command += ["--seconds", str(asked.seconds), "--measure", name]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             found[name].append(json.loads(done.stdout.splitlines()[-1]))
-    packages = {"torch": "torch", "openvino": "openvino", "ours": "histoencoder-platform"}
-    if "onnxruntime" in names:
-        packages["onnxruntime"] = "onnxruntime"
-    about = {
+    described = {
         "encoder": asked.encoder,
         "batch": BATCH,
         "repeat": asked.repeat,
-        "cores": os.cpu_count(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "machine": platform.machine(),
-        "date": dt.datetime.now(dt.UTC).date().isoformat(),
-        "python": platform.python_version(),
-        **{key: importlib.metadata.version(package) for key, package in packages.items()},
+        **about(**({"onnxruntime": "onnxruntime"} if "onnxruntime" in names else {})),
     }
     for name, runs in found.items():
         medians = {
             key: statistics.median(run[key] for run in runs) for key in runs[0] if key != "backend"
         }
-        print(json.dumps({"backend": name, **medians, **about}))
+        print(json.dumps({"backend": name, **medians, **described}))
 
 
 if __name__ == "__main__":

@@ -23,14 +23,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime as dt
 import hashlib
-import importlib.metadata
 import itertools
 import json
 import multiprocessing
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -38,15 +35,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from about import about
 
 # What takes time or memory to import is imported where it is used: this file is also the start of
 # the processes that are measured.
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from histoencoder_core.features import Runner
     from histoencoder_core.tiles import TileSource
 
@@ -54,7 +51,6 @@ HERE = Path(__file__).parent
 PUBLISHED = ("prostate_small", "prostate_medium")
 SEED = 0
 TILES_IN_MEMORY = 512
-PACKAGES = {"torch": "torch", "openvino": "openvino", "ours": "histoencoder-platform"}
 
 PREFIX = "HISTOENCODER_"
 OURS = (sys.executable, "-c", "from histoencoder_core.cli import main; main()")
@@ -94,22 +90,17 @@ def write_weights(name: str, folder: Path) -> None:
 def cut(asked: argparse.Namespace, root: Path) -> list[str]:
     """Cut the slide into tiles and give the ids of its copies."""
     import pyarrow.parquet as pq
+    from cutting import cut_slide
 
     from histoencoder_core.settings import TilingSettings
-    from histoencoder_core.slides import Register, describe_slide
-    from histoencoder_core.slides.find import find_pattern
-    from histoencoder_core.slides.sheet import SheetRow
     from histoencoder_core.store import Store
-    from histoencoder_core.tiles import cut_tiles
 
     store = Store(root)
-    [(slide_id, found)] = Register(store).assign(find_pattern(str(asked.slide))).items()
-    folder = store.slide(slide_id)
-    describe_slide(folder, found, SheetRow())
     settings = TilingSettings.histoprep(
         width=asked.width, overlap=asked.overlap, max_background=asked.max_background
     )
-    cut_tiles(folder, settings)
+    folder = cut_slide(asked.slide, store, settings)
+    slide_id = folder.slide_id
     if asked.max_tiles is not None:
         table = pq.read_table(folder.record("tiles"))
         pq.write_table(table.slice(0, asked.max_tiles), folder.record("tiles"))
@@ -121,6 +112,8 @@ def cut(asked: argparse.Namespace, root: Path) -> list[str]:
 
 def measure_rates(asked: argparse.Namespace, root: Path, ids: Sequence[str]) -> dict[str, Any]:
     """Tiles/s of reading, encoding, and both."""
+    from reading import places_of, plain
+
     from histoencoder_core.features.reading import choose_readers
     from histoencoder_core.store import Store
     from histoencoder_core.tiles import tile_source
@@ -131,10 +124,11 @@ def measure_rates(asked: argparse.Namespace, root: Path, ids: Sequence[str]) -> 
         raise SystemExit(f"{asked.slide}: has no tiles of this size that hold enough tissue.")
     runner = ready_runner(asked)
     readers = choose_readers(asked.readers)
+    places = places_of(source)
     in_memory = some_tiles(source, readers, runner.execution.batch_size)
     works = {
         "read_only": lambda: read_all(source, readers),
-        "read_plain": lambda: read_plain(asked.slide, source.keys, readers),
+        "read_plain": lambda: plain(asked.slide, places, readers),
         "encoder_only": lambda: sum(len(runner.encode(in_memory)) for _ in range(asked.copies)),
         "end_to_end": lambda: extract_all(asked, root, ids, runner),
     }
@@ -146,7 +140,7 @@ def measure_rates(asked: argparse.Namespace, root: Path, ids: Sequence[str]) -> 
             started = time.perf_counter()
             tiles[name] = work()
             rates[name].append(tiles[name] / (time.perf_counter() - started))
-    return {"rates": rates, "tiles": tiles, **about(asked, runner, readers)}
+    return {"rates": rates, "tiles": tiles, **described(asked, runner, readers)}
 
 
 def measure_fresh(
@@ -168,7 +162,11 @@ def ready_runner(asked: argparse.Namespace) -> Runner:
         EncoderSettings(name=asked.encoder, precision=asked.precision),
         weights_folder=asked.weights,
     )
-    return Runner(encoder, device=asked.device, backend=asked.backend, batch_size=asked.batch_size)
+    runner = Runner(
+        encoder, device=asked.device, backend=asked.backend, batch_size=asked.batch_size
+    )
+    runner.warm_up()
+    return runner
 
 
 def some_tiles(source: TileSource, readers: int, batch_size: int) -> list[Any]:
@@ -199,20 +197,6 @@ def read_all(source: TileSource, readers: int) -> int:
     return count
 
 
-def read_plain(slide: Path, keys: pa.Table, readers: int) -> int:
-    """Read all tiles as anyone would who knows OpenSlide and threads."""
-    import numpy as np
-    import openslide
-
-    def read(place: tuple[int, int, int, int]) -> np.ndarray:
-        x, y, w, h = place
-        return np.asarray(handle.read_region((x, y), 0, (w, h)).convert("RGB"))
-
-    places = zip(*(keys.column(name).to_pylist() for name in "xywh"), strict=True)
-    with openslide.OpenSlide(slide) as handle, ThreadPoolExecutor(readers) as pool:
-        return sum(1 for _ in pool.map(read, places))
-
-
 def extract_all(asked: argparse.Namespace, root: Path, ids: Sequence[str], runner: Runner) -> int:
     """Extract the features of the slide and its copies."""
     from histoencoder_core.features import extract_slides
@@ -222,12 +206,14 @@ def extract_all(asked: argparse.Namespace, root: Path, ids: Sequence[str], runne
         return sum(future.result().result["tiles"] for future in futures.values())
 
 
-def about(asked: argparse.Namespace, runner: Runner, readers: int) -> dict[str, Any]:
+def described(asked: argparse.Namespace, runner: Runner, readers: int) -> dict[str, Any]:
     """What was chosen, and on what it runs."""
     import torch
 
     chosen = runner.execution
     on_gpu = chosen.device.startswith("cuda")
+    common = about()
+    common["machine"]["gpu"] = torch.cuda.get_device_name(chosen.device) if on_gpu else None
     return {
         "settings": {
             "encoder": asked.encoder,
@@ -242,16 +228,7 @@ def about(asked: argparse.Namespace, runner: Runner, readers: int) -> dict[str, 
             "overlap": asked.overlap,
             "max_background": asked.max_background,
         },
-        "machine": {
-            "cpu": cpu_model(),
-            "cores": usable_cores(),
-            "gpu": torch.cuda.get_device_name(chosen.device) if on_gpu else None,
-        },
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(package) for name, package in PACKAGES.items()},
-        },
-        "date": dt.datetime.now(dt.UTC).date().isoformat(),
+        **common,
     }
 
 
@@ -267,29 +244,6 @@ def peak_rss_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
         2**20 if sys.platform == "darwin" else 2**10
     )
-
-
-def cpu_model() -> str:
-    """The processor's name."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def usable_cores() -> int:
-    """Processor cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def version(package: str) -> str | None:
-    """Version of an installed package, if there is one."""
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(package)
-    return None
 
 
 # --- From the slide to features on the command line
@@ -380,7 +334,7 @@ def encoded_places(output: Path) -> list[tuple[int, int]]:
 
 def compare(asked: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Both programs in turn, from the slide to features."""
-    described = subprocess.run(
+    versions = subprocess.run(
         [*peer(asked), "about"],
         env=peer_environment(),
         capture_output=True,
@@ -418,7 +372,7 @@ def compare(asked: argparse.Namespace, work: Path) -> dict[str, Any]:
     }
     return {
         **figures["ours"],
-        "peer": {**figures["peer"], "versions": json.loads(described.stdout)},
+        "peer": {**figures["peer"], "versions": json.loads(versions.stdout)},
         "ratio": spread([theirs / ours for theirs, ours in pairs]),
         "same_tiles": same_tiles,
     }

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import resource
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
-from histoencoder_core import __version__
+from about import about
+
 from histoencoder_core.clusters import assign_slide, feature_files, fit_clusters, save_model
 from histoencoder_core.cohort import build_catalog
-from histoencoder_core.features import extract_slide, load_encoder
+from histoencoder_core.features import Runner, extract_slides, load_encoder
 from histoencoder_core.settings import ClusterSettings, EncoderSettings, TilingSettings
 from histoencoder_core.slides import Register, describe_slide
 from histoencoder_core.slides.find import find_pattern
@@ -29,7 +29,8 @@ from histoencoder_core.tiles import cut_tiles, tile_source
 def run_once(slide: str, encoder_name: str) -> dict[str, float]:
     """Seconds of each stage, in an empty store."""
     seconds: dict[str, float] = {}
-    encoder = load_encoder(EncoderSettings(name=encoder_name))
+    runner = Runner(load_encoder(EncoderSettings(name=encoder_name)))
+    runner.warm_up()
     with tempfile.TemporaryDirectory() as folder:
         store = Store(folder)
         [(slide_id, found)] = Register(store).assign(find_pattern(slide)).items()
@@ -45,7 +46,12 @@ def run_once(slide: str, encoder_name: str) -> dict[str, float]:
         timed("tiles", lambda: cut_tiles(place, TilingSettings()))
         source = tile_source(store, slide_id)
         assert source is not None
-        timed("features", lambda: extract_slide(place, source, encoder))
+
+        def extract() -> None:
+            with extract_slides(store, [slide_id], runner) as features:
+                features[slide_id].result()
+
+        timed("features", extract)
         model = timed(
             "cluster_model", lambda: fit_clusters(feature_files(store), ClusterSettings())
         )
@@ -64,17 +70,15 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     arguments = parser.parse_args()
     runs = [run_once(arguments.slide, arguments.encoder) for _ in range(arguments.repeat)]
-    about = {
+    described = {
         "slide": Path(arguments.slide).name,
         "encoder": arguments.encoder,
-        "software": __version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
         "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        **about(),
     }
     for stage in runs[0]:
         values = sorted(run[stage] for run in runs)
-        row = {"stage": stage, "median": statistics.median(values), "min": values[0], **about}
+        row = {"stage": stage, "median": statistics.median(values), "min": values[0], **described}
         print(json.dumps(row))
 
 

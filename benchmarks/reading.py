@@ -14,10 +14,7 @@ Usage: python benchmarks/reading.py SLIDE [--width 512] [--overlap 0.5] [--reade
 from __future__ import annotations
 
 import argparse
-import datetime as dt
 import json
-import os
-import platform
 import statistics
 import tempfile
 import threading
@@ -29,27 +26,24 @@ from pathlib import Path
 
 import numpy as np
 import openslide
+from about import about
+from cutting import cut_slide
 
-from histoencoder_core import __version__
 from histoencoder_core.features.reading import choose_readers, read_blocks
 from histoencoder_core.settings import TilingSettings
-from histoencoder_core.slides import Register, describe_slide
-from histoencoder_core.slides.find import find_pattern
-from histoencoder_core.slides.sheet import SheetRow
 from histoencoder_core.store import Store
-from histoencoder_core.tiles import cut_tiles, pixels, tile_source
+from histoencoder_core.tiles import TileSource, pixels, tile_source
 
 BLOCKS = (1024, pixels.BLOCK_PX, 2048)
 Place = tuple[int, int, int, int]
 
 
-def plain(slide: Path, places: Sequence[Place], readers: int, *, cache: int | None = None) -> None:
-    """Read with one handle for all threads."""
+def plain(slide: Path, places: Sequence[Place], readers: int, *, cache: int | None = None) -> int:
+    """Read with one handle for all threads, and give the number of tiles."""
     with openslide.OpenSlide(slide) as handle, ThreadPoolExecutor(readers) as pool:
         if cache is not None:
             handle.set_cache(openslide.OpenSlideCache(cache))
-        for _ in pool.map(lambda place: _read(handle, place), places):
-            pass
+        return sum(1 for _ in pool.map(lambda place: _read(handle, place), places))
 
 
 def handle_a_thread(slide: Path, places: Sequence[Place], readers: int) -> None:
@@ -85,16 +79,9 @@ def ours(slide: Path, places: Sequence[Place], readers: int, *, block: int | Non
         pixels.BLOCK_PX = before
 
 
-def places_of(slide: Path, width: int, overlap: float) -> list[Place]:
-    """Where the slide's tiles are."""
-    with tempfile.TemporaryDirectory() as folder:
-        store = Store(folder)
-        [(slide_id, found)] = Register(store).assign(find_pattern(str(slide))).items()
-        describe_slide(store.slide(slide_id), found, SheetRow())
-        cut_tiles(store.slide(slide_id), TilingSettings.histoprep(width=width, overlap=overlap))
-        source = tile_source(store, slide_id)
-        assert source is not None
-        return list(zip(*(source.keys.column(name).to_pylist() for name in "xywh"), strict=True))
+def places_of(source: TileSource) -> list[Place]:
+    """Where tiles are, in level-0 pixels."""
+    return list(zip(*(source.keys.column(name).to_pylist() for name in "xywh"), strict=True))
 
 
 def main() -> None:
@@ -107,8 +94,13 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     asked = parser.parse_args()
     slide, readers = asked.slide, choose_readers(asked.readers)
-    places = places_of(slide, asked.width, asked.overlap)
-    ways: dict[str, Callable[[], None]] = {
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(folder)
+        settings = TilingSettings.histoprep(width=asked.width, overlap=asked.overlap)
+        source = tile_source(store, cut_slide(slide, store, settings).slide_id)
+        assert source is not None
+        places = places_of(source)
+    ways: dict[str, Callable[[], object]] = {
         "plain": lambda: plain(slide, places, readers),
         "plain, a handle a thread": lambda: handle_a_thread(slide, places, readers),
         "plain, cache of 256 MB": lambda: plain(slide, places, readers, cache=256 << 20),
@@ -122,24 +114,20 @@ def main() -> None:
             started = time.perf_counter()
             way()
             rates[name].append(len(places) / (time.perf_counter() - started))
-    about = {
+    described = {
         "slide": slide.name,
         "tiles": len(places),
         "width": asked.width,
         "overlap": asked.overlap,
         "readers": readers,
         "repeat": asked.repeat,
-        "cores": os.cpu_count(),
-        "machine": platform.machine(),
-        "date": dt.datetime.now(dt.UTC).date().isoformat(),
-        "python": platform.python_version(),
         "openslide": openslide.__library_version__,
-        "ours": __version__,
+        **about(),
     }
     for name, found in rates.items():
         ratios = [a / b for a, b in zip(found, rates["plain"], strict=True)]
         row = {"way": name, "tiles_per_second": round(statistics.median(found), 1)}
-        print(json.dumps({**row, "ratio": round(statistics.median(ratios), 3), **about}))
+        print(json.dumps({**row, "ratio": round(statistics.median(ratios), 3), **described}))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,12 @@ def region(tmp_path: Path) -> Path:
     return write_tiff(tmp_path / "region.tiff", tissue_pixels(600, 400))
 
 
+def run(script: str, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCHMARKS / script), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
 def read_whole(path: Path) -> np.ndarray:
     with open_slide(path) as slide:
         return slide.read((0, 0, slide.width, slide.height))
@@ -74,12 +80,6 @@ def test_cells_are_flipped_copies_or_glass(region: Path, tmp_path: Path) -> None
 # --- extraction.py
 
 
-def run_extraction(*options: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(BENCHMARKS / "extraction.py"), *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-
-
 def assert_spread(figures: dict[str, Any]) -> None:
     assert len(figures["values"]) == 1
     assert 0 < figures["min"] <= figures["median"] <= figures["max"]
@@ -87,7 +87,8 @@ def assert_spread(figures: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_extraction_prints_its_measures(region: Path, tmp_path: Path) -> None:
-    done = run_extraction(
+    done = run(
+        "extraction.py",
         *("--region", str(region), "--columns", "2", "--rows", "2"),
         *("--encoder", "untrained:test_resnet", "--device", "cpu", "--backend", "eager"),
         *("--batch-size", "4", "--readers", "2", "--width", "100", "--overlap", "0.25"),
@@ -120,9 +121,68 @@ def test_extraction_prints_its_measures(region: Path, tmp_path: Path) -> None:
 
 
 def test_peer_has_no_other_encoders(region: Path) -> None:
-    done = run_extraction(
+    done = run(
+        "extraction.py",
         *("--slide", str(region), "--encoder", "untrained:test_resnet"),
         *("--peer", sys.executable),
     )
     assert done.returncode == 2
     assert "prostate_small" in done.stderr
+
+
+# --- path.py, reading.py, backends.py
+
+
+def lines_of(*command: str) -> list[dict[str, Any]]:
+    """What a script printed, each line with what it was measured on."""
+    done = run(*command, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    for line in lines:
+        assert line["machine"].keys() == {"cpu", "cores"}
+        assert line["versions"].keys() >= {"python", "torch", "openvino", "ours"}
+        assert line["date"]
+    return lines
+
+
+def test_path_prints_its_stages(tmp_path: Path) -> None:
+    slide = write_tiff(tmp_path / "slide.tiff", tissue_pixels(2400, 2400))
+    lines = lines_of("path.py", str(slide), "--encoder", "untrained:test_resnet", "--repeat", "1")
+    assert [line["stage"] for line in lines] == [
+        "slides", "tiles", "features", "cluster_model", "clusters", "catalog", "tiles_per_second"
+    ]  # fmt: skip
+    for line in lines:
+        assert line.keys() == {
+            *("stage", "median", "min", "slide", "encoder", "peak_rss_mb"),
+            *("machine", "versions", "date"),
+        }
+        assert 0 < line["min"] <= line["median"]
+
+
+def test_reading_prints_its_ways(region: Path) -> None:
+    options = ("--width", "64", "--readers", "2", "--repeat", "1")
+    lines = lines_of("reading.py", str(region), *options)
+    assert [line["way"] for line in lines] == [
+        "plain", "plain, a handle a thread", "plain, cache of 256 MB", "alone",
+        "blocks of 1024 px", "blocks of 1536 px", "blocks of 2048 px",
+    ]  # fmt: skip
+    for line in lines:
+        assert line.keys() == {
+            *("way", "tiles_per_second", "ratio", "slide", "tiles", "width", "overlap", "readers"),
+            *("repeat", "openslide", "machine", "versions", "date"),
+        }
+        assert line["tiles"] > 0
+        assert line["tiles_per_second"] > 0
+
+
+@pytest.mark.slow
+def test_backends_prints_what_was_asked_for() -> None:
+    options = ("--encoder", "untrained:test_resnet", "--repeat", "1", "--seconds", "0.1")
+    [line] = lines_of("backends.py", *options, "--only", "eager")
+    assert line.keys() == {
+        *("backend", "start_up_seconds", "images_per_second", "difference", "batch_difference"),
+        *("encoder", "batch", "repeat", "instructions", "machine", "versions", "date"),
+    }
+    assert line["backend"] == "eager"
+    assert line["difference"] < 1e-4
+    assert line["batch_difference"] < 1e-4
