@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from pydantic import ValidationError
@@ -25,7 +26,6 @@ from histoencoder_core.labels import find_annotation, find_annotations, label_sl
 from histoencoder_core.labels.annotations import unmatched_annotations
 from histoencoder_core.settings import (
     ClusterSettings,
-    EncoderSettings,
     PlatformSettings,
     StageSettings,
     TilingSettings,
@@ -35,6 +35,9 @@ from histoencoder_core.slides.find import find_pattern
 from histoencoder_core.store import Stamp, Store
 from histoencoder_core.tiles import TileSource, cut_tiles, tile_source
 from histoencoder_core.tiles.source import slide_ids_with_tiles
+
+Made = TypeVar("Made")
+Settings = TypeVar("Settings", bound=StageSettings)
 
 CPUS = os.cpu_count() or 1
 
@@ -143,7 +146,7 @@ def tile(
         "sigma": sigma, "background": background, "allow_upsampling": allow_upsampling,
         "metrics": "tile" if metrics else None,
     }  # fmt: skip
-    settings = _tiling({name: value for name, value in asked.items() if value is not None})
+    settings = _tiling(asked)
     found = find_pattern(pattern)
     if not found:
         raise SettingsError(f"No slides were found by {pattern!r}.")
@@ -241,7 +244,6 @@ def extract(
             "normalise": normalise,
         },
     )
-    assert isinstance(settings, EncoderSettings)
     store = Store(input_dir)
     slides = slide_ids_with_tiles(store)
     if not slides:
@@ -314,7 +316,6 @@ def cluster(
         PlatformSettings().clusters,
         {"n_clusters": tuple(sorted(set(num_clusters))) if num_clusters else None, "seed": seed},
     )
-    assert isinstance(settings, ClusterSettings)
     store = Store(input_dir)
     asked = num_clusters is not None or seed is not None
     model = _model(store, settings, asked=asked, refit=overwrite)
@@ -396,31 +397,26 @@ def _publish(store: Store, *, annotations: Path | None = None) -> None:
 
 
 def _tiling(asked: dict[str, Any]) -> TilingSettings:
-    histoprep = {"level", "width", "height"} & asked.keys()
-    try:
-        if histoprep:
-            return TilingSettings.histoprep(**asked)
-        settings = _changed(PlatformSettings().tiling, asked)
-    except ValidationError as error:
-        raise SettingsError(first_problem(error)) from error
-    assert isinstance(settings, TilingSettings)
-    return settings
-
-
-def _changed(settings: StageSettings, asked: dict[str, Any]) -> StageSettings:
-    """The deployment's settings with those given on the command line."""
-    given = {name: value for name, value in asked.items() if value is not None}
-    try:
-        return type(settings)(**{**settings.model_dump(exclude_defaults=True), **given})
-    except ValidationError as error:
-        raise SettingsError(first_problem(error)) from error
+    if any(asked[name] is not None for name in ("level", "width", "height")):
+        return _made(TilingSettings.histoprep, asked)
+    return _changed(_deployment().tiling, asked)
 
 
 def _deployment(**asked: Any) -> PlatformSettings:
     """The deployment's values with those given on the command line."""
+    return _made(PlatformSettings, asked)
+
+
+def _changed(settings: Settings, asked: dict[str, Any]) -> Settings:
+    """The deployment's settings with those given on the command line."""
+    return _made(type(settings), asked, **settings.model_dump(exclude_defaults=True))
+
+
+def _made(make: Callable[..., Made], asked: dict[str, Any], /, **before: Any) -> Made:
+    """Settings as they were before, with what is given on the command line: all but None."""
     given = {name: value for name, value in asked.items() if value is not None}
     try:
-        return PlatformSettings(**given)
+        return make(**{**before, **given})
     except ValidationError as error:
         raise SettingsError(first_problem(error)) from error
 

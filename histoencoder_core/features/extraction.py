@@ -174,27 +174,27 @@ class _Extraction:
         try:
             with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
                 while remaining and not self.stopped.is_set():
-                    try:
-                        self._encode(remaining, writer)
-                    except torch.OutOfMemoryError:
-                        pass  # only after this is the memory free that its traceback holds
-                    else:
-                        continue
-                    self._retry_smaller(remaining, writer)
+                    if not self._encode(remaining, writer):
+                        self._retry_smaller(remaining, writer)
         except BaseException as error:  # noqa: BLE001 - raised where the results are used
             failure = error
         for slide_id in remaining:
             self.futures[slide_id].set_exception(failure)
 
-    def _encode(self, remaining: deque[str], writer: ThreadPoolExecutor) -> None:
-        """Run batches as they come; a slide leaves `remaining` when it goes to the writer."""
+    def _encode(self, remaining: deque[str], writer: ThreadPoolExecutor) -> bool:
+        """Run batches as they come; a slide leaves `remaining` when it goes to the writer.
+
+        Returns:
+            Whether the GPU's memory sufficed. If not, the first of `remaining` is to be done again,
+            after this returned: only then is the memory free that the error's traceback holds.
+        """
         free = threading.BoundedSemaphore(_SLIDES_TO_WRITE)
         told = 0
         with ahead(self._read([*remaining]), _BATCHES_AHEAD) as steps:
             try:
                 for slide, step in steps:
                     if self.stopped.is_set():
-                        return
+                        break
                     if step is not None:
                         self._run_batch(slide, *step)
                         told += len(step[0])
@@ -208,7 +208,8 @@ class _Extraction:
                     told = 0
             except torch.OutOfMemoryError:
                 self.progress(-told)  # the slide is done again
-                raise
+                return False
+        return True
 
     def _run_batch(self, slide: _Slide, rows: list[int], prepared: Prepared) -> None:
         self.runner.warm_up()
@@ -369,7 +370,7 @@ def _rewritten_wide(folder: SlideFolder, stamp: Stamp) -> Stamp:
 
 
 def _collected(slide: _Slide, keys: pa.Table, encoder: Encoder) -> np.ndarray:
-    """Features (tiles, length) in the stored type; NaN where a tile can't be read."""
+    """Features (tiles, length) in the stored type; zeros where a tile can't be read."""
     count = keys.num_rows
     if len(slide.reasons) > MAX_UNREADABLE * count:
         first = slide.reasons[min(slide.reasons)]
@@ -390,7 +391,6 @@ def _collected(slide: _Slide, keys: pa.Table, encoder: Encoder) -> np.ndarray:
             f"The encoder gave a feature that is not finite, first for the tile {name}. Nothing "
             "was written. Check the weights, and try float32."
         )
-    features[list(slide.reasons)] = np.nan
     return features
 
 

@@ -189,7 +189,7 @@ class Runner:
             WeightsError: The encoder's features are not finite.
         """
         if self._compute is None:
-            device = self.device
+            device = self.device  # first, as waiting for a GPU's lease is no start-up
             started = time.perf_counter()
             self._compute = self._checked()
             self.start_up_seconds = time.perf_counter() - started
