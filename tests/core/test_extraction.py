@@ -50,19 +50,12 @@ from histoencoder_core.store.tables import read_features
 from histoencoder_core.tiles import cut_tiles, tile_source
 from histoencoder_core.tiles.pixels import SlideTiles, Tile
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PATIENCE = 30.0
 """Seconds after which a test that waits for another thread has failed."""
 
 Compute = Callable[[torch.Tensor], torch.Tensor]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other on a busy machine take many times as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
