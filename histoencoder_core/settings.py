@@ -1,7 +1,7 @@
 """What is asked of the platform: frozen settings with fingerprints, and deployment values.
 
-The three stage settings (`TilingSettings`, `EncoderSettings`, `ClusterSettings`) decide results and
-so are part of every output's fingerprint. `PlatformSettings` says where things are on one
+The stage settings (`TilingSettings`, `EncoderSettings`, `ClusterSettings`, `LabelSettings`,
+`AnnotationSettings`) decide results and so are part of every output's fingerprint. `PlatformSettings` says where things are on one
 deployment; it is read from environment variables with the prefix ``HISTOENCODER_`` (nested values
 with two underscores: ``HISTOENCODER_TILING__TILE_PX=256``) and decides no result.
 """
@@ -163,6 +163,9 @@ class ClusterSettings(StageSettings):
         max_passes: Largest number of passes over the data.
         tolerance: A pass that moves the centroids by less, relative to the spread of the features,
             is the last.
+        normalise: Scale every feature vector to length 1 first, so that only its direction counts.
+        whiten: Project feature vectors on so many principal components of equal variance first;
+            not at all if not given.
     """
 
     n_clusters: tuple[int, ...] = N_CLUSTERS
@@ -171,6 +174,8 @@ class ClusterSettings(StageSettings):
     sample_size: int = Field(default=65536, ge=1)
     max_passes: int = Field(default=10, ge=1)
     tolerance: float = Field(default=1e-4, ge=0)
+    normalise: bool = False
+    whiten: int | None = Field(default=None, ge=2)
 
     @model_validator(mode="after")
     def _sensible_k(self) -> Self:
@@ -179,6 +184,36 @@ class ClusterSettings(StageSettings):
         if sorted(set(self.n_clusters)) != list(self.n_clusters):
             raise ValueError("n_clusters must rise and hold each number once")
         return self
+
+
+class LabelSettings(StageSettings):
+    """When a tile takes the label of an annotation that meets it.
+
+    Attributes:
+        min_share: A tile's label is the class that covers at least this share of its tissue, else
+            it has none.
+    """
+
+    min_share: float = Field(default=0.5, gt=0, le=1)
+
+
+class AnnotationSettings(StageSettings):
+    """How clusters of known label annotate slides, and how well that works is measured.
+
+    Attributes:
+        n_clusters: The K whose clusters are used; the model's largest if not given.
+        min_purity: A cluster takes the label of its labelled tiles only if at least this share of
+            them carry it; else it abstains.
+        min_labelled: A cluster of fewer labelled tiles abstains.
+        folds: Parts that labelled slides are split into; each is held out once to measure accuracy.
+        seed: Seed of the split.
+    """
+
+    n_clusters: int | None = Field(default=None, ge=2)
+    min_purity: float = Field(default=0.7, gt=0, le=1)
+    min_labelled: int = Field(default=5, ge=1)
+    folds: int = Field(default=5, ge=2)
+    seed: int = Field(default=0, ge=0)
 
 
 class PlatformSettings(BaseSettings):
@@ -201,6 +236,7 @@ class PlatformSettings(BaseSettings):
         settle_seconds: A file must have been left alone for so long before it counts as scanned.
         tick_seconds: Time between two looks of Dagster's sensors at what is new and what is due.
         first_fit_slides: Slides with features that call for the cohort's first cluster model.
+        cluster_memory_gb: Memory in GB (10⁹ bytes) that fitting a cluster model may take.
     """
 
     model_config = SettingsConfigDict(
@@ -221,9 +257,12 @@ class PlatformSettings(BaseSettings):
     settle_seconds: float = Field(default=60.0, ge=0)
     tick_seconds: int = Field(default=15, ge=1)
     first_fit_slides: int = Field(default=10, ge=1)
+    cluster_memory_gb: float = Field(default=2.0, ge=1)
     tiling: TilingSettings = TilingSettings()
     encoder: EncoderSettings = EncoderSettings()
     clusters: ClusterSettings = ClusterSettings()
+    labels: LabelSettings = LabelSettings()
+    annotate: AnnotationSettings = AnnotationSettings()
 
     @property
     def annotations_folder(self) -> Path:

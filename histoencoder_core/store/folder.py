@@ -199,9 +199,12 @@ class SlideFolder:
 
 
 def _print_of(path: Path) -> str | None:
-    """The fingerprint in a picture, or in the first one of a folder; None if it is not ours."""
+    """The fingerprint in a companion, or in the first one of a folder; None if it is not ours."""
     if path.is_dir():
         path = min(path.iterdir(), default=path)
+    if path.suffix == ".geojson":
+        stamp = read_stamp(path)
+        return None if stamp is None else stamp.fingerprint
     return read_comment(path)
 
 
@@ -221,6 +224,11 @@ class StageWriter:
     def json(self, content: dict[str, Any], stamp: Stamp) -> None:
         """Write the stage's record as a JSON file."""
         files.write_json(self._room / layout.RECORD[self._stage], stamp.in_json(content))
+
+    def geojson(self, name: str, features: list[dict[str, Any]], stamp: Stamp) -> None:
+        """Write a companion as a stamped GeoJSON FeatureCollection."""
+        content = {"type": "FeatureCollection", "features": features}
+        files.write_json(self._room / name, stamp.in_json(content))
 
     def image(self, name: str, pixels: np.ndarray, stamp: Stamp) -> None:
         """Write an uint8 array of shape (height, width[, 3]) as a stamped JPEG."""

@@ -5,19 +5,29 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-Stage = Literal["slides", "tiles", "features", "clusters", "labels"]
+Stage = Literal[
+    "slides", "tiles", "features", "clusters", "slide_clusters", "labels", "annotations"
+]
 
-STAGES: tuple[Stage, ...] = ("slides", "tiles", "features", "clusters", "labels")
+STAGES: tuple[Stage, ...] = (
+    "slides", "tiles", "features", "clusters", "slide_clusters", "labels", "annotations",
+)  # fmt: skip
 
 PROPERTIES = "properties.json"
 METADATA = "metadata.parquet"
 FEATURES = "features.parquet"
 CLUSTERS = "clusters.parquet"
+SLIDE_CLUSTERS = "slide_clusters.parquet"
 LABELS = "labels.parquet"
+ANNOTATIONS = "annotations.parquet"
+ANNOTATIONS_GEOJSON = "annotations.geojson"
 THUMBNAIL = "thumbnail.jpeg"
 THUMBNAIL_TISSUE = "thumbnail_tissue.jpeg"
 THUMBNAIL_TILES = "thumbnail_tiles.jpeg"
 THUMBNAIL_CLUSTERS = "thumbnail_clusters.jpeg"
+THUMBNAIL_SLIDE_CLUSTERS = "thumbnail_slide_clusters.jpeg"
+THUMBNAIL_LABELS = "thumbnail_labels.jpeg"
+THUMBNAIL_ANNOTATIONS = "thumbnail_annotations.jpeg"
 TILES = "tiles"
 VERSIONS = "versions"
 FAILURES = "failures.json"
@@ -31,7 +41,9 @@ RECORD: dict[Stage, str] = {
     "tiles": METADATA,
     "features": FEATURES,
     "clusters": CLUSTERS,
+    "slide_clusters": SLIDE_CLUSTERS,
     "labels": LABELS,
+    "annotations": ANNOTATIONS,
 }
 """The file of a stage that carries its fingerprint and is put in place last."""
 
@@ -40,7 +52,9 @@ COMPANIONS: dict[Stage, tuple[str, ...]] = {
     "tiles": (THUMBNAIL_TISSUE, THUMBNAIL_TILES, TILES),
     "features": (),
     "clusters": (THUMBNAIL_CLUSTERS,),
-    "labels": (),
+    "slide_clusters": (THUMBNAIL_SLIDE_CLUSTERS,),
+    "labels": (THUMBNAIL_LABELS,),
+    "annotations": (THUMBNAIL_ANNOTATIONS, ANNOTATIONS_GEOJSON),
 }
 """What else a stage owns."""
 

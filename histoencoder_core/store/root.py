@@ -64,6 +64,31 @@ class Store:
         return self.cohort / "cluster_models"
 
     @property
+    def statistics(self) -> Path:
+        """The folder of tables that SQL alone can't compute: permutations and bootstraps."""
+        return self.cohort / "statistics"
+
+    @property
+    def figures(self) -> Path:
+        """The folder of the cohort's figures."""
+        return self.cohort / "figures"
+
+    @property
+    def report_path(self) -> Path:
+        """The cohort's report, one HTML page."""
+        return self.cohort / "report.html"
+
+    @property
+    def cluster_labels(self) -> Path:
+        """The folder of what clusters mean, one CSV file a model and K."""
+        return self.cohort / "cluster_labels"
+
+    @property
+    def cluster_labels_csv(self) -> Path:
+        """What a pathologist says that clusters mean; optional, and only ever read."""
+        return self.root / "cluster_labels.csv"
+
+    @property
     def tiles_csv(self) -> Path:
         """The optional table of tile images: ``path, slide, x, y, label``."""
         return self.root / layout.TILES_CSV

@@ -1,0 +1,1 @@
+"""Annotation by cluster: what clusters mean, written onto slides, and how often it is right."""

@@ -1,0 +1,1 @@
+"""Figures of the cohort, and the page that joins them."""

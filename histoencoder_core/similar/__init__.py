@@ -1,0 +1,1 @@
+"""Nearest tiles over the cohort by cosine distance."""
