@@ -104,8 +104,10 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        # torch goes on for a page, with advice that would let a file run code.
+        problem = str(error).partition(". ")[0].partition("\n")[0]
         raise WeightsError(
-            f"{path}: can't be loaded as weights ({type(error).__name__}: {error}). Remove the "
+            f"{path}: can't be loaded as weights ({type(error).__name__}: {problem}). Remove the "
             "file and fetch it again."
         ) from error
     for key in ("state_dict", "model"):
