@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo ui test lint typecheck unit bench-extraction clean
+.PHONY: help install demo ui test lint typecheck unit bench-extraction bench-similar clean
 
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -38,6 +38,9 @@ unit: $(INSTALLED) ## Run the tests and the examples in docstrings
 
 bench-extraction: $(INSTALLED) ## Measure extraction; PEER=<python with histoencoder 0.1.1>, BENCH=<more options>
 	$(BIN)/python benchmarks/extraction.py $(if $(PEER),--peer $(PEER)) $(BENCH)
+
+bench-similar: $(INSTALLED) ## Measure nearest tiles; BENCH=<more options>
+	$(BIN)/python benchmarks/similar.py $(BENCH)
 
 clean: ## Remove the environment and the demo
 	rm -rf $(VENV) demo

@@ -17,7 +17,7 @@ def small_jpeg(path: Path, longest: int) -> bytes | None:
     """A picture, shrunk.
 
     Args:
-        path: A JPEG.
+        path: A JPEG or PNG.
         longest: Largest width and height in pixels of the result.
 
     Returns:

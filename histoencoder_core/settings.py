@@ -1,9 +1,10 @@
 """What is asked of the platform: frozen settings with fingerprints, and deployment values.
 
 The stage settings (`TilingSettings`, `EncoderSettings`, `ClusterSettings`, `LabelSettings`,
-`AnnotationSettings`) decide results and so are part of every output's fingerprint. `PlatformSettings` says where things are on one
-deployment; it is read from environment variables with the prefix ``HISTOENCODER_`` (nested values
-with two underscores: ``HISTOENCODER_TILING__TILE_PX=256``) and decides no result.
+`AnnotationSettings`) decide results and so are part of every output's fingerprint.
+`PlatformSettings` says where things are on one deployment; it is read from environment variables
+with the prefix ``HISTOENCODER_`` (nested values with two underscores:
+``HISTOENCODER_TILING__TILE_PX=256``) and decides no result.
 """
 
 from __future__ import annotations
@@ -222,7 +223,8 @@ class PlatformSettings(BaseSettings):
     Attributes:
         slides: Folder that scanners write to; searched with its sub-folders.
         store: Folder of all outputs.
-        annotations: Folder of GeoJSON and CSV annotations; ``<slides>/annotations`` if not given.
+        annotations: Folder of GeoJSON, mask and CSV annotations; ``<slides>/annotations`` if not
+            given.
         sheet: The ``slides.csv``; ``<slides>/slides.csv`` if not given and there.
         weights: Folder of encoder weights, also the download cache.
         weights_url: Mirror to fetch weights from before their published address.

@@ -20,6 +20,10 @@ from histoencoder_dagster.resources import Platform
 
 _FINE = ""
 
+OUTSIDE = 0.1
+"""A slide with a larger share of tiles outside of the training distribution is worth a look; on
+average it is 0.01."""
+
 _Judge = Callable[[SlideFolder], str | None]
 """Says what is wrong with a slide: nothing if ``""``; None if there is nothing to judge yet."""
 
@@ -94,11 +98,37 @@ def clusters_cover_every_tile(platform: dg.ResourceParam[Platform]) -> dg.AssetC
     return _over_slides(platform.store, judge)
 
 
+@dg.asset_check(asset=clusters, automation_condition=AFTER_ANY_SLIDE)
+def slides_are_like_the_training_slides(
+    platform: dg.ResourceParam[Platform],
+) -> dg.AssetCheckResult:
+    """No slide lies outside of what the cluster model was fitted on, such as another stain.
+
+    A tile is outside if it is farther from its centroid than 99 % of the tiles that the model was
+    fitted on.
+    """
+
+    def judge(folder: SlideFolder) -> str | None:
+        stamp = folder.stamp("clusters")
+        outside = None if stamp is None else stamp.result.get("outside")
+        if stamp is None or outside is None:
+            return None
+        if outside <= OUTSIDE:
+            return _FINE
+        return (
+            f"{outside:.0%} of its tiles are unlike those that cluster model "
+            f"{stamp.made_from['model']} was fitted on"
+        )
+
+    return _over_slides(platform.store, judge, severity=dg.AssetCheckSeverity.WARN)
+
+
 ALL_CHECKS = (
     tissue_found,
     features_finite,
     feature_rows_equal_tile_rows,
     clusters_cover_every_tile,
+    slides_are_like_the_training_slides,
 )
 
 

@@ -71,6 +71,9 @@ def _deploy(folder: Path) -> None:
         "HISTOENCODER_SLIDES": str(folder / "slides"),
         "HISTOENCODER_STORE": str(folder / "store"),
         "HISTOENCODER_ENCODER__NAME": ENCODER,
+        # A few hundred tiles are too few for the 128 clusters of a real cohort.
+        "HISTOENCODER_CLUSTERS__N_CLUSTERS": "[8, 16, 24, 32]",
+        "HISTOENCODER_ANNOTATE__N_CLUSTERS": "16",
         "HISTOENCODER_SETTLE_SECONDS": "5",
     }
 
@@ -94,7 +97,7 @@ def _materialise() -> list[str]:
         order = instance.get_dynamic_partitions(SLIDES)
 
         def run(selection: str | dg.AssetSelection, batch: Sequence[str] = ()) -> None:
-            name = selection if isinstance(selection, str) else "checks"
+            name = selection if isinstance(selection, str) else "report and checks"
             print(f"{name}{f': {len(batch)} slides' if batch else ''} …", flush=True)
             result = dg.materialize(
                 [*(defs.assets or ()), *(defs.asset_checks or ())],  # type: ignore[list-item]
@@ -121,9 +124,11 @@ def _materialise() -> list[str]:
         for stage in _AFTER_MODEL:
             run_slides(stage)
         if ran or not platform.store.catalog_path.exists():
-            run("catalog")
-            run("cluster_purity")
-            run(dg.AssetSelection.all_asset_checks())
+            for asset in ("catalog", "cluster_statistics", "cluster_purity", "cluster_labels"):
+                run(asset)
+            run("annotation_accuracy")
+            run_slides("annotations")
+            run(dg.AssetSelection.groups("report") | dg.AssetSelection.all_asset_checks())
     return ran
 
 
@@ -135,6 +140,8 @@ def _due(platform: Platform, stage: layout.Stage) -> set[str]:
         encoder=settings.encoder,
         model=current_model(store),
         annotations=settings.annotations_folder,
+        labels=settings.labels,
+        annotate=settings.annotate,
     )
     due = {"missing", "stale", "failed"}
     return {state.slide for state in states if state.stage == stage and state.state in due}
@@ -153,7 +160,9 @@ def _report(folder: Path, ran: list[str], seconds: float) -> None:
         f"  make ui                                       see it in the browser\n"
         f"  histoencoder status -i {shown}/store             what is done, and what is not\n"
         f'  histoencoder sql -i {shown}/store "from slide_composition"   ask it anything\n'
-        f"  {shown}/store/CMU-1-Small-Region/thumbnail_clusters.jpeg   a slide's clusters\n"
+        f"  histoencoder show cluster {SHOWN_K} 0 -i {shown}/store   a cluster's tiles\n"
+        f"  {shown}/store/_cohort/report.html                the cohort in one page\n"
+        f"  {shown}/store/CMU-1-Small-Region/annotations.geojson   for QuPath\n"
         "The synthetic slides are drawn, not scanned, and the encoder is a stand-in: the numbers\n"
         "show how the platform works, not what an encoder knows."
     )

@@ -2,7 +2,15 @@
 
 import dagster as dg
 
-from histoencoder_dagster.assets import catalog, cluster_model, cluster_purity, labels, slides
+from histoencoder_dagster.assets import (
+    catalog,
+    cluster_labels,
+    cluster_model,
+    cluster_purity,
+    cluster_statistics,
+    labels,
+    slides,
+)
 
 describe_slides = dg.define_asset_job(
     "describe_slides",
@@ -24,8 +32,29 @@ fit_clusters = dg.define_asset_job(
 
 refresh_catalog = dg.define_asset_job(
     "refresh_catalog",
-    selection=dg.AssetSelection.assets(catalog, cluster_purity).without_checks(),
-    description="Rebuild the DuckDB catalog now.",
+    selection=dg.AssetSelection.assets(
+        catalog, cluster_statistics, cluster_purity
+    ).without_checks(),
+    description="Bring the DuckDB catalog and its statistics up to date now.",
 )
 
-ALL_JOBS = (describe_slides, label_slides, fit_clusters, refresh_catalog)
+name_clusters = dg.define_asset_job(
+    "name_clusters",
+    selection=dg.AssetSelection.assets(cluster_labels).without_checks(),
+    description="Look again at what clusters mean. Slides are annotated anew if that has changed.",
+)
+
+make_report = dg.define_asset_job(
+    "make_report",
+    selection=dg.AssetSelection.groups("report").without_checks(),
+    description="Draw all figures of the cohort and write the report now, not at night.",
+)
+
+ALL_JOBS = (
+    describe_slides,
+    label_slides,
+    fit_clusters,
+    refresh_catalog,
+    name_clusters,
+    make_report,
+)

@@ -1,16 +1,21 @@
 """Turning results into what the web UI shows."""
 
 import base64
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import pyarrow as pa
 
 from histoencoder_core.pictures import small_jpeg
+from histoencoder_core.report import Figure
 from histoencoder_core.store import SlideFolder, Stamp
 
 PICTURE_PX = 600
 """Pictures live in the event log, so they are small; the full ones are in the store."""
+
+FIGURE_PX = 1000
+"""Figures hold text, which must stay readable."""
 
 
 def result_metadata(folder: SlideFolder, stamp: Stamp, *pictures: str) -> dict[str, Any]:
@@ -44,11 +49,30 @@ def result_metadata(folder: SlideFolder, stamp: Stamp, *pictures: str) -> dict[s
 
 def picture_metadata(folder: SlideFolder, name: str) -> dg.MarkdownMetadataValue | None:
     """A picture of the slide's folder, small, as markdown; None if there is none."""
-    jpeg = small_jpeg(folder.file(name), PICTURE_PX)
+    return _picture(folder.file(name), PICTURE_PX, folder.slide_id)
+
+
+def figure_metadata(figure: Figure) -> dict[str, Any]:
+    """A figure that is there, with what it says."""
+    assert figure.png is not None
+    assert figure.svg is not None
+    return {
+        "figure": _picture(figure.png, FIGURE_PX, figure.title),
+        "caption": figure.caption,
+        "png": dg.MetadataValue.path(str(figure.png.resolve())),
+        "svg": dg.MetadataValue.path(str(figure.svg.resolve())),
+        "untrained": figure.untrained,
+        "recomputed": figure.made_now,
+        **{name: value for name, value in figure.numbers.items() if value is not None},
+    }
+
+
+def _picture(path: Path, longest: int, alt: str) -> dg.MarkdownMetadataValue | None:
+    jpeg = small_jpeg(path, longest)
     if jpeg is None:
         return None
     data = base64.b64encode(jpeg).decode()
-    return dg.MetadataValue.md(f"![{folder.slide_id}](data:image/jpeg;base64,{data})")
+    return dg.MetadataValue.md(f"![{alt}](data:image/jpeg;base64,{data})")
 
 
 def table_metadata(table: pa.Table, *, rows: int = 200) -> dg.TableMetadataValue:

@@ -4,6 +4,7 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from histoencoder_core.cohort import CatalogSummary, build_catalog
 from histoencoder_core.settings import PlatformSettings
 from histoencoder_core.slides import FoundSlide, Register, Sheet, find_slides
 from histoencoder_core.store import Store
@@ -34,6 +35,18 @@ class Platform:
     def register_slides(self) -> dict[str, FoundSlide]:
         """Find all slides and give the new ones their ids."""
         return Register(self.store).assign(find_slides(self.settings.slides))
+
+    def refresh_catalog(self) -> CatalogSummary:
+        """Bring the catalog up to date, with what this deployment asks of each stage."""
+        asked, folder = self.settings, self.settings.annotations_folder
+        return build_catalog(
+            self.store,
+            tiling=asked.tiling,
+            encoder=asked.encoder,
+            annotations=folder if folder.is_dir() else None,
+            labels=asked.labels,
+            annotate=asked.annotate,
+        )
 
     @functools.cached_property
     def runner(self) -> "Runner":

@@ -10,7 +10,6 @@ import json
 import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TypedDict
 
 import dagster as dg
@@ -18,7 +17,7 @@ from dagster import DagsterRunStatus, RunsFilter
 
 from histoencoder_core.clusters import current_model
 from histoencoder_core.errors import HistoEncoderError, SettingsError, StoreError
-from histoencoder_core.labels import find_annotations
+from histoencoder_core.labels import Annotations
 from histoencoder_core.settings import PlatformSettings, fingerprint
 from histoencoder_core.slides import Sheet
 from histoencoder_core.slides.content import signature
@@ -27,7 +26,7 @@ from histoencoder_core.store import Store
 from histoencoder_core.tiles import tile_source
 from histoencoder_core.tiles.source import slide_ids_with_tiles
 from histoencoder_dagster.assets import cluster_model, slides
-from histoencoder_dagster.jobs import describe_slides, fit_clusters, label_slides
+from histoencoder_dagster.jobs import describe_slides, fit_clusters, label_slides, name_clusters
 from histoencoder_dagster.partitions import SLIDES, slide_partitions
 from histoencoder_dagster.resources import Platform
 
@@ -54,6 +53,10 @@ RETRY_SECONDS = 300
 as long, and so on."""
 
 RETRY_SECONDS_LIMIT = 86400
+
+_GONE, _FOLDER_SEEN = "gone", "_folder"
+"""In the cursor of `new_annotations`: labels whose annotation is gone; that there was a folder. No
+slide's id begins with an underscore."""
 
 _Seen = tuple[str, int, int]
 """Path, size and time of a slide's file."""
@@ -132,20 +135,36 @@ def new_slides(
 def new_annotations(
     context: dg.SensorEvaluationContext, platform: dg.ResourceParam[Platform]
 ) -> dg.SensorResult | dg.SkipReason:
-    """Label the slides whose annotations, or whose tiles, changed since they were last labelled."""
-    store, settings = platform.store, platform.settings
+    """Label the slides whose annotations, or whose tiles, changed since they were last labelled.
+
+    A table or a ``masks.yaml`` of many slides calls only for those of which it says something new,
+    and an annotation that is taken away for its slide. While a folder of annotations that was there
+    is not, nothing is asked for: it is not mounted.
+    """
+    store, folder = platform.store, platform.settings.annotations_folder
+    before: dict[str, str] = json.loads(context.cursor) if context.cursor else {}
+    if _FOLDER_SEEN in before and not folder.is_dir():
+        return dg.SkipReason(f"the folder of annotations {folder} is not there any more")
     order = context.instance.get_dynamic_partitions(SLIDES)
     try:
-        annotated = find_annotations(store, settings.annotations_folder, order)
+        said = Annotations(store, folder, order)
     except HistoEncoderError as error:
         return dg.SkipReason(str(error))
-    before: dict[str, str] = json.loads(context.cursor) if context.cursor else {}
-    said = {slide_id: _said(store, slide_id, paths) for slide_id, paths in annotated.items()}
-    now = {slide_id: print_ for slide_id, print_ in said.items() if print_ is not None}
-    changed = {slide_id: it for slide_id, it in now.items() if before.get(slide_id) != it}
-    if not changed:
-        return dg.SkipReason("no new annotations")
-    batches = contiguous_batches(changed, order, size=settings.slides_per_run)
+    signs = {slide_id: _said(store, slide_id, said) for slide_id in said.slides()}
+    now = {slide_id: sign for slide_id, sign in signs.items() if sign is not None}
+    if folder.is_dir():
+        bare = (store.slide(slide_id) for slide_id in order if slide_id not in signs)
+        now |= {
+            slide.slide_id: _GONE
+            for slide in bare
+            if slide.stamp("labels") is not None or "labels" in slide.failures()
+        }
+        now[_FOLDER_SEEN] = str(folder)
+    changed = [slide_id for slide_id, sign in now.items() if before.get(slide_id) != sign]
+    batches = contiguous_batches(changed, order, size=platform.settings.slides_per_run)
+    if not batches:
+        context.update_cursor(json.dumps(now))
+        return dg.SkipReason("; ".join(["no new annotations", *said.faults]))
     return dg.SensorResult(
         run_requests=[_request(batch) for batch in batches],
         cursor=json.dumps(now),
@@ -177,6 +196,19 @@ def first_cluster_model(
     return dg.SensorResult(run_requests=[dg.RunRequest(run_key=f"first-model-{ready}")])
 
 
+def edited_cluster_labels(
+    context: dg.SensorEvaluationContext, platform: dg.ResourceParam[Platform]
+) -> dg.SensorResult | dg.SkipReason:
+    """Look again at what clusters mean when a pathologist has edited ``cluster_labels.csv``."""
+    path = platform.store.cluster_labels_csv
+    sign = fingerprint(signature(path)) if path.is_file() else ""
+    if sign == (context.cursor or ""):
+        return dg.SkipReason(f"{path} has not changed")
+    if current_model(platform.store) is None:
+        return dg.SkipReason(f"{path} waits for a cluster model")
+    return dg.SensorResult(run_requests=[dg.RunRequest()], cursor=sign)
+
+
 def platform_sensors(settings: PlatformSettings) -> list[dg.SensorDefinition]:
     """The sensors of one deployment; all are on from the start."""
     watching: _Watching = {
@@ -187,6 +219,7 @@ def platform_sensors(settings: PlatformSettings) -> list[dg.SensorDefinition]:
         dg.sensor(job=describe_slides, **watching)(new_slides),
         dg.sensor(job=label_slides, **watching)(new_annotations),
         dg.sensor(job=fit_clusters, **watching)(first_cluster_model),
+        dg.sensor(job=name_clusters, **watching)(edited_cluster_labels),
         dg.AutomationConditionSensorDefinition(
             "stages_follow_each_other",
             target=dg.AssetSelection.groups("slide").without_checks(),
@@ -201,6 +234,14 @@ def platform_sensors(settings: PlatformSettings) -> list[dg.SensorDefinition]:
             target=dg.AssetSelection.groups("cohort").without_checks()
             | dg.AssetSelection.all_asset_checks(),
             description="Refreshes catalog, purity and checks after any slide's stage.",
+            minimum_interval_seconds=4 * settings.tick_seconds,
+            default_status=dg.DefaultSensorStatus.RUNNING,
+        ),
+        # A figure that can't be drawn must not hold back the catalog.
+        dg.AutomationConditionSensorDefinition(
+            "report_follows_cohort",
+            target=dg.AssetSelection.groups("report").without_checks(),
+            description="Draws the report once as soon as it can be, then at night if need be.",
             minimum_interval_seconds=4 * settings.tick_seconds,
             default_status=dg.DefaultSensorStatus.RUNNING,
         ),
@@ -285,14 +326,13 @@ def _files_owed(platform: Platform, sheet: Sheet, recorded: Collection[str]) -> 
     return owed
 
 
-def _said(store: Store, slide_id: str, paths: Sequence[Path | str]) -> str | None:
+def _said(store: Store, slide_id: str, said: Annotations) -> str | None:
     """What labels would be made from, as far as can be told cheaply; None if there are no tiles."""
     tiles = store.slide(slide_id).stamp("tiles")
     if tiles is None and tile_source(store, slide_id) is None:
         return None
-    stats = [Path(path).stat() for path in paths]
-    signs = [[str(p), s.st_size, s.st_mtime_ns] for p, s in zip(paths, stats, strict=True)]
-    return fingerprint([signs, None if tiles is None else tiles.fingerprint])[:16]
+    made_from = [said.signature(slide_id), None if tiles is None else tiles.fingerprint]
+    return fingerprint(made_from)[:16]
 
 
 def _partitions_under_way(

@@ -9,9 +9,13 @@ from collections.abc import Iterable
 
 import dagster as dg
 
+from histoencoder_core.annotate import evaluation as evaluation_stage
 from histoencoder_core.clusters import assign as clusters_stage
 from histoencoder_core.clusters import fit as cluster_model_stage
+from histoencoder_core.clusters import naming
+from histoencoder_core.cohort import statistics as statistics_stage
 from histoencoder_core.labels import assign as labels_stage
+from histoencoder_core.report import FIGURES, figure, page
 from histoencoder_core.settings import PlatformSettings
 from histoencoder_core.slides import describe as slides_stage
 from histoencoder_core.store import layout
@@ -26,9 +30,15 @@ def code_versions(settings: PlatformSettings) -> dict[str, str]:
         "features": f"{layout.FEATURES_ALGORITHM}-{settings.encoder.fingerprint[:8]}",
         "cluster_model": f"{cluster_model_stage.ALGORITHM}-{settings.clusters.fingerprint[:8]}",
         "clusters": f"{clusters_stage.ALGORITHM}",
-        "labels": f"{labels_stage.ALGORITHM}",
-        "catalog": "1",
-        "cluster_purity": "1",
+        "labels": f"{labels_stage.ALGORITHM}-{settings.labels.fingerprint[:8]}",
+        "catalog": "2",
+        "cluster_statistics": f"{statistics_stage.ALGORITHM}",
+        "cluster_purity": "2",
+        "cluster_labels": f"1-{settings.annotate.fingerprint[:8]}",
+        "annotation_accuracy": f"{evaluation_stage.ALGORITHM}-{settings.annotate.fingerprint[:8]}",
+        "annotations": f"{naming.ANNOTATIONS_ALGORITHM}",
+        **dict.fromkeys(FIGURES, f"{figure.ALGORITHM}"),
+        "cohort_report": f"{page.ALGORITHM}",
     }
 
 

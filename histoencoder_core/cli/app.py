@@ -10,7 +10,7 @@ import typer
 from pydantic import ValidationError
 
 from histoencoder_core import __version__
-from histoencoder_core.cli import cohort, stages
+from histoencoder_core.cli import annotate, cohort, report, similar, stages
 from histoencoder_core.errors import HistoEncoderError
 
 app = typer.Typer(
@@ -37,8 +37,12 @@ app.command("tile")(stages.tile)
 app.command("extract")(stages.extract)
 app.command("cluster")(stages.cluster)
 app.command("label")(stages.label)
+app.command("annotate")(annotate.annotate)
 app.command("sql")(cohort.sql)
 app.command("status")(cohort.status)
+app.command("similar")(similar.similar)
+app.add_typer(similar.show, name="show")
+app.command("report")(report.report)
 app.command("encoders")(cohort.encoders)
 app.command("prune")(cohort.prune)
 app.command("demo")(cohort.demo)

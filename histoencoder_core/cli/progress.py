@@ -42,7 +42,7 @@ def each_slide(
             continue
         counts["made" if stamp.made_now else "up to date"] += 1
         if stamp.made_now:
-            reason = stamp.result.get("reason")
+            reason = stamp.result.get("reason") or stamp.result.get("note")
             note = f" ({reason})" if reason else ""
             _say(f"{slide_id}: {stamp.result.get(describe, 0)} {describe}{note}")
     summary = ", ".join(f"{counts[k]} {k}" for k in ("made", "up to date", "failed") if counts[k])

@@ -15,15 +15,15 @@ from histoencoder_core.cli.progress import each_slide, finish
 from histoencoder_core.clusters import (
     ClusterModel,
     assign_slide,
+    cluster_slide,
     current_model,
     ensure_model,
     feature_file,
     feature_files,
 )
-from histoencoder_core.cohort import build_catalog
+from histoencoder_core.cohort import publish_catalog, run_sql
 from histoencoder_core.errors import LabelError, SettingsError, StoreError
-from histoencoder_core.labels import find_annotation, find_annotations, label_slide
-from histoencoder_core.labels.annotations import unmatched_annotations
+from histoencoder_core.labels import Annotations, label_annotated
 from histoencoder_core.settings import (
     ClusterSettings,
     PlatformSettings,
@@ -296,6 +296,26 @@ def cluster(
         ),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the clustering.  [default: 0]")] = None,
+    normalise: Annotated[
+        bool | None, typer.Option("--normalise", help="Scale features to length 1 first.")
+    ] = None,
+    whiten: Annotated[
+        int | None,
+        typer.Option(min=2, help="Project on so many principal components of equal variance."),
+    ] = None,
+    per_slide: Annotated[
+        bool,
+        typer.Option("--per-slide", help="Cluster each slide by itself, beside the cohort's."),
+    ] = False,
+    memory: Annotated[
+        float | None, typer.Option(help="Memory in GB that fitting may take.  [default: 2]")
+    ] = None,
+    use_cpu: Annotated[
+        bool, typer.Option("--use-cpu", "-c", help="Do not look for a GPU.")
+    ] = False,
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu, cuda or cuda:N.  [default: auto]")
+    ] = None,
     overwrite: Annotated[
         bool,
         typer.Option(
@@ -310,15 +330,37 @@ def cluster(
 
     The first time, a model is fitted. Later, slides are assigned with it: a new slide never
     renumbers the clusters of the others. --refit, other options or another encoder call for a
-    new model.
+    new model, whose clusters are numbered after those of the one before that they match.
     """
-    settings = _changed(
-        PlatformSettings().clusters,
-        {"n_clusters": tuple(sorted(set(num_clusters))) if num_clusters else None, "seed": seed},
-    )
+    deployment = _deployment(device="cpu" if use_cpu else device, cluster_memory_gb=memory)
+    asked = {
+        "n_clusters": tuple(sorted(set(num_clusters))) if num_clusters else None,
+        "seed": seed,
+        "normalise": normalise,
+        "whiten": whiten,
+    }
+    settings = _changed(deployment.clusters, asked)
     store = Store(input_dir)
-    asked = num_clusters is not None or seed is not None
-    model = _model(store, settings, asked=asked, refit=overwrite)
+    how: dict[str, Any] = {
+        "memory_gb": deployment.cluster_memory_gb,
+        "device": deployment.device,
+    }
+    if per_slide:
+        with_features = [s for s in store.slide_ids() if store.slide(s).record("features").exists()]
+        if not with_features:
+            raise StoreError(f"{input_dir}: holds no features; run `histoencoder extract` first.")
+        finish(
+            each_slide(
+                "Clustering",
+                with_features,
+                lambda slide_id: cluster_slide(
+                    store.slide(slide_id), settings, overwrite=overwrite, **how
+                ),
+            )
+        )
+        return
+    changed = any(value is not None for value in asked.values())
+    model = _model(store, settings, asked=changed, refit=overwrite, **how)
     inputs = feature_files(store)
     counts = each_slide(
         "Assigning",
@@ -336,28 +378,46 @@ def label(
         typer.Option(
             exists=True,
             file_okay=False,
-            help="Folder of <slide>.geojson and of CSV files: slide, x, y, label.",
+            help="Folder of <slide>.geojson, of masks (<slide>.png, .tif) and of CSV files; see "
+            "docs/annotations.md.",
+        ),
+    ] = None,
+    min_share: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of a tile's tissue that its class must cover.  [default: 0.5]",
         ),
     ] = None,
 ) -> None:
     """Label tiles from annotations, and from the labels in tiles.csv."""
+    settings = _changed(PlatformSettings().labels, {"min_share": min_share})
     store = Store(input_dir)
     slides = slide_ids_with_tiles(store)
-    annotated = find_annotations(store, annotations, slides)
-    for name in unmatched_annotations(store, annotations, slides):
-        typer.secho(f"WARNING: {name}: matches no slide with tiles.", fg="yellow", err=True)
+    said = Annotations(store, annotations, slides)
+    annotated = sorted({*slides}.intersection(said.slides()))
+    lost = [
+        f"{slide_id}: has labels, but no annotation in {annotations} any more; they are kept."
+        for slide_id in slides
+        if annotations is not None
+        and slide_id not in annotated
+        and store.slide(slide_id).stamp("labels") is not None
+    ]
+    unmatched = [f"{name}: matches no slide with tiles." for name in said.unmatched]
+    for warning in (*said.faults, *unmatched, *lost):
+        typer.secho(f"WARNING: {warning}", fg="yellow", err=True)
     if not annotated:
         raise LabelError(
-            f"No annotations were found for the slides in {input_dir}. GeoJSON files are named "
-            "after the slide's id, and CSV files name it in the column 'slide'."
+            f"No annotations were found for the slides in {input_dir}. GeoJSON files and masks are "
+            "named after the slide's id, and CSV files name it in the column 'slide'."
         )
 
     def work(slide_id: str) -> Stamp:
-        annotation = find_annotation(store, annotations, slide_id)
-        assert annotation is not None
-        return label_slide(store.slide(slide_id), _source(store, slide_id), annotation)
+        source = _source(store, slide_id)
+        stamp = label_annotated(store.slide(slide_id), source, said, settings)
+        assert stamp is not None
+        return stamp
 
-    counts = each_slide("Labelling", sorted(annotated), work, describe="labelled")
+    counts = each_slide("Labelling", annotated, work, describe="labelled")
     _publish(store, annotations=annotations)
     finish(counts)
 
@@ -369,7 +429,15 @@ def _source(store: Store, slide_id: str) -> TileSource:
     return source
 
 
-def _model(store: Store, settings: ClusterSettings, *, asked: bool, refit: bool) -> ClusterModel:
+def _model(
+    store: Store,
+    settings: ClusterSettings,
+    *,
+    asked: bool,
+    refit: bool,
+    memory_gb: float,
+    device: str,
+) -> ClusterModel:
     """The current model if it will do, else that of the features and settings."""
     model = current_model(store)
     found = [feature_file(store.slide(slide_id)) for slide_id in store.slide_ids()]
@@ -377,7 +445,9 @@ def _model(store: Store, settings: ClusterSettings, *, asked: bool, refit: bool)
     if model is not None and fits and not refit and (not asked or model.settings == settings):
         typer.echo(f"Using cluster model {model.version}; --refit fits a new one.")
         return model
-    model, fitted = ensure_model(store, feature_files(store), settings)
+    model, fitted = ensure_model(
+        store, feature_files(store), settings, memory_gb=memory_gb, device=device
+    )
     result = model.stamp.result
     ks = ", ".join(map(str, result["n_clusters"]))
     note = " (untrained encoder)" if model.untrained else ""
@@ -385,15 +455,29 @@ def _model(store: Store, settings: ClusterSettings, *, asked: bool, refit: bool)
         f"{'Fitted' if fitted else 'Went back to'} cluster model {model.version}{note}: {ks} "
         f"clusters of {result['tiles']} tiles on {result['slides']} slides."
     )
+    if fitted and len(model.matches):
+        same = sum(model.matches.column("same").to_pylist())
+        typer.echo(
+            f"Numbered after model {result['previous']}: {same} of {len(model.matches)} clusters "
+            "are the same."
+        )
     return model
 
 
 def _publish(store: Store, *, annotations: Path | None = None) -> None:
-    summary = build_catalog(store, annotations=annotations)
+    summary = publish_catalog(store, annotations=annotations)
     typer.echo(
         f"Catalog: {summary.slides} slides, {summary.tiles} tiles, {summary.labelled_tiles} "
         f'labelled. Ask it: histoencoder sql -i "{store.root}" "from cluster_purity"'
     )
+    k = max(summary.purity.column("k").to_pylist(), default=None)
+    for row in run_sql(store, f"FROM coverage_at({k}, 0.9)").to_pylist() if k else ():
+        if row["coverage"] is not None:
+            interval = "" if row["low"] is None else f" ({row['low']:.0%} to {row['high']:.0%})"
+            typer.echo(
+                f"Of the labelled tiles, {row['coverage']:.0%}{interval} lie in clusters at least "
+                f"90% pure, of {k} clusters."
+            )
 
 
 def _tiling(asked: dict[str, Any]) -> TilingSettings:

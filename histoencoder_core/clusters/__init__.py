@@ -1,8 +1,10 @@
 """Clusters: a model fitted over the cohort, and each slide's assignment to it.
 
-Flow: `inputs` tells which slides' features can be compared, `fit` streams them through k-means
-and gives a `ClusterModel`, which `model` saves as a version and makes current, `assign` writes one
-slide's ``clusters.parquet``. A new slide is assigned with the current model; a refit is asked for.
+Flow: `inputs` tells which slides' features can be compared; `fit` streams them (`reading`) through
+k-means (`kmeans` on a sample, `engine` for the arithmetic) and gives a `ClusterModel`, numbered
+after the one before (`match`); `model` saves it as a version and makes it current; `assign` writes
+one slide's ``clusters.parquet``. A new slide is assigned with the current model; a refit is asked
+for. `per_slide` clusters one slide by itself.
 """
 
 from histoencoder_core.clusters.assign import assign_slide, clusters_stamp
@@ -15,11 +17,13 @@ from histoencoder_core.clusters.model import (
     model_versions,
     save_model,
 )
+from histoencoder_core.clusters.per_slide import cluster_slide, slide_clusters_stamp
 
 __all__ = [
     "ClusterModel",
     "FeatureFile",
     "assign_slide",
+    "cluster_slide",
     "clusters_stamp",
     "current_model",
     "ensure_model",
@@ -29,4 +33,5 @@ __all__ = [
     "load_model",
     "model_versions",
     "save_model",
+    "slide_clusters_stamp",
 ]

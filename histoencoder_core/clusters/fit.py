@@ -1,45 +1,63 @@
-"""Fitting k-means over the cohort, a part of one slide in memory at a time."""
+"""Fitting k-means over the cohort in a fixed amount of memory.
+
+One reading of all slides draws a sample, on which the centroids of each K start and come to rest.
+Then all tiles stream by in mini-batches, for all K at once, pass after pass, until the centroids
+rest there too. A last reading measures what they give.
+
+Source: mini-batch k-means, Sculley, "Web-scale k-means clustering" (2010).
+"""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
-from sklearn.cluster import MiniBatchKMeans, kmeans_plusplus
-from sklearn.metrics import pairwise_distances_argmin_min
+import torch
 
+from histoencoder_core.clusters import kmeans
+from histoencoder_core.clusters.engine import Centroids, Engine, computing, usable_cores
 from histoencoder_core.clusters.inputs import FeatureFile
+from histoencoder_core.clusters.kmeans import Points
+from histoencoder_core.clusters.match import numbered_after
 from histoencoder_core.clusters.model import (
-    VERSION_LENGTH,
     ClusterModel,
+    current_model,
+    find_version,
     load_model,
-    model_versions,
     save_model,
 )
+from histoencoder_core.clusters.quantiles import Distances
+from histoencoder_core.clusters.reading import Floats, Reader, batches, draw_sample, slide_bytes
+from histoencoder_core.clusters.transform import AS_THEY_ARE, Transform, fit_whitening
 from histoencoder_core.errors import ClusterError
 from histoencoder_core.settings import ClusterSettings
 from histoencoder_core.store import Stamp, Store
-from histoencoder_core.store.tables import iter_features
 
 log = logging.getLogger(__name__)
 
-ALGORITHM = 1
+ALGORITHM = 2
 
-STARTS = 8
-"""k-means++ starts tried for each K."""
+SAMPLE_TOLERANCE = 0.01
+"""On the sample centroids must rest so much more strictly: its steps are cheap."""
 
-START_TILES = 8192
-"""Tiles of the sample that a k-means++ start is drawn from, more for a large K."""
+SHUFFLE_BYTES = 64e6
+"""Features that wait to be shuffled together."""
 
-Floats = npt.NDArray[np.float32]
+RESERVED_BYTES = 0.9e9
+"""What the interpreter, the libraries and all that is small take."""
+
+READ_BYTES = 256e6
+"""Most that features take that were read ahead: more would not be faster."""
+
+_PART = 4096
+"""Tiles of the sample that are whitened, or looked at to do so, at a time."""
 
 
 def model_stamp(inputs: list[FeatureFile], settings: ClusterSettings) -> Stamp:
-    """The stamp of a model fitted on these features."""
+    """The stamp of a model fitted on these features, its clusters numbered after no other's."""
     return Stamp.of(
         "cluster_model",
         algorithm=ALGORITHM,
@@ -53,49 +71,79 @@ def model_stamp(inputs: list[FeatureFile], settings: ClusterSettings) -> Stamp:
 
 
 def ensure_model(
-    store: Store, inputs: list[FeatureFile], settings: ClusterSettings
+    store: Store,
+    inputs: list[FeatureFile],
+    settings: ClusterSettings,
+    *,
+    memory_gb: float = 2.0,
+    device: str = "cpu",
 ) -> tuple[ClusterModel, bool]:
     """Make the model of these features and settings the current one, fitting it if it is new.
+
+    A new model's clusters are numbered after those of the model that is current until then.
 
     Args:
         store: The store, which keeps every version that was ever fitted.
         inputs: The features, all in one space.
         settings: How to cluster.
+        memory_gb: See `fit_clusters`.
+        device: See `fit_clusters`.
 
     Returns:
         The model, and whether it was fitted now.
 
     Raises:
-        ClusterError: There are fewer tiles than the smallest K.
+        ClusterError: See `fit_clusters`.
+        SettingsError: There is no such device.
     """
-    version = model_stamp(inputs, settings).fingerprint[:VERSION_LENGTH]
-    known = version in model_versions(store)
-    model = load_model(store, version) if known else fit_clusters(inputs, settings)
+    version = find_version(store, model_stamp(inputs, settings))
+    if version is not None:
+        model = load_model(store, version)
+    else:
+        model = fit_clusters(inputs, settings, memory_gb=memory_gb, device=device)
+        try:
+            previous = current_model(store)
+        except ClusterError as error:
+            log.warning("clusters are not numbered after the current model's: %s", error)
+            previous = None
+        if previous is not None:
+            model = numbered_after(model, previous)
     save_model(store, model)
-    return model, not known
+    return model, version is None
 
 
-def fit_clusters(inputs: list[FeatureFile], settings: ClusterSettings) -> ClusterModel:
+def fit_clusters(
+    inputs: list[FeatureFile],
+    settings: ClusterSettings,
+    *,
+    memory_gb: float = 2.0,
+    device: str = "cpu",
+) -> ClusterModel:
     """Fit a k-means model for each K.
 
-    The centroids start from k-means++ on a sample drawn evenly over slides, then all tiles stream
-    by in mini-batches, pass after pass, until the centroids rest. The same features and settings
-    give the same model, in whatever order the slides are listed.
+    The same features and settings give the same model, in whatever order the slides are listed and
+    however much memory and how many CPU cores there are. On a GPU last digits may differ.
 
     Args:
         inputs: The features, all in one space.
         settings: How to cluster.
+        memory_gb: Resident memory in GB (10⁹ bytes) that this process may take.
+        device: ``cpu``, ``cuda`` for any free GPU, ``cuda:N`` for one of them, or ``auto`` for a
+            GPU where there is one.
 
     Returns:
-        The model, not yet saved. A K with fewer tiles than clusters is left out with a warning.
+        The model, not yet saved. Clusters are numbered by size, the largest first. A K with fewer
+        tiles than clusters is left out with a warning.
 
     Raises:
-        ClusterError: There are fewer tiles than the smallest K.
+        ClusterError: There are fewer tiles than the smallest K, they do not vary enough to be
+            whitened as asked, or the memory does not suffice.
+        SettingsError: There is no such device.
     """
     started = time.perf_counter()
     inputs = sorted(inputs, key=lambda file: file.slide)
-    counts = [sum(map(len, _readable(file))) for file in inputs]
-    tiles = sum(counts)
+    plan = _Plan.within(memory_gb, inputs, settings)
+    sample, tiles = draw_sample(inputs, plan.reader, seed=settings.seed, size=plan.sample)
     ks = [k for k in settings.n_clusters if k <= tiles]
     if not ks:
         raise ClusterError(
@@ -104,144 +152,209 @@ def fit_clusters(inputs: list[FeatureFile], settings: ClusterSettings) -> Cluste
         )
     for k in settings.n_clusters[len(ks) :]:
         log.warning("left out K = %d: there are only %d tiles", k, tiles)
-    sample = _sample(inputs, counts, settings, at_least=max(ks))
-    spread = float(sample.var(axis=0, dtype=np.float64).sum()) or 1.0
-    models = {k: _k_means(_start(sample, k, settings)) for k in ks}
-    del sample
-    passes = 0
-    for number in range(settings.max_passes):
-        before = {k: model.cluster_centers_.copy() for k, model in models.items()} if number else {}
-        for batch in _batches(inputs, settings, number, at_least=max(ks)):
-            for model in models.values():
-                model.partial_fit(batch)
-        passes += 1
-        if before and all(
-            _shift(before[k], models[k].cluster_centers_) < settings.tolerance * spread for k in ks
-        ):
-            break
-    centroids = {k: models[k].cluster_centers_.astype(np.float32) for k in ks}
+    with computing(device) as engine:
+        work = _Fit(engine, inputs, settings, plan, sample)
+        del sample
+        work.start(ks)
+        passes = work.run()
+        measures = work.measure()
     stamp = model_stamp(inputs, settings).with_result(
         slides=len(inputs),
         tiles=tiles,
         n_clusters=ks,
         passes=passes,
+        device=str(engine.device),
         seconds=round(time.perf_counter() - started, 3),
     )
-    return ClusterModel(stamp, centroids, _inertia(inputs, centroids, tiles))
-
-
-def _readable(file: FeatureFile) -> Iterator[Floats]:
-    """A slide's features without unreadable tiles, chunk by chunk."""
-    for chunk in iter_features(file.path):
-        yield chunk[np.isfinite(chunk).all(axis=1)]
-
-
-def _sample(
-    inputs: list[FeatureFile], counts: list[int], settings: ClusterSettings, *, at_least: int
-) -> Floats:
-    """Draw the same number of tiles from each slide, or all it has.
-
-    What small slides lack is drawn from the larger ones. There are never fewer tiles than
-    `at_least` while the cohort has them: k-means++ needs one for each centroid.
-    """
-    share = _share(counts, max(settings.sample_size, at_least))
-    drawn = []
-    for file, count in zip(inputs, counts, strict=True):
-        # A slide's draw must not depend on which other slides there are.
-        name = int.from_bytes(hashlib.sha256(file.slide.encode()).digest())
-        rng = np.random.default_rng([settings.seed, name])
-        chosen = np.sort(rng.choice(count, min(count, share), replace=False))
-        first = 0
-        for rows in _readable(file):
-            here = chosen[(chosen >= first) & (chosen < first + len(rows))]
-            drawn.append(rows[here - first])
-            first += len(rows)
-    return np.concatenate(drawn)
-
-
-def _share(counts: list[int], wanted: int) -> int:
-    """The least number of tiles a slide that gives as many as wanted, or all there are.
-
-    Example:
-        >>> _share([2, 100, 100], wanted=12), _share([2, 100, 100], wanted=1000)
-        (5, 100)
-    """
-    for place, count in enumerate(sorted(counts)):
-        share = -(-wanted // (len(counts) - place))
-        if count >= share:
-            return share
-        wanted -= count
-    return max(counts)
-
-
-def _start(sample: Floats, k: int, settings: ClusterSettings) -> Floats:
-    """The best of several k-means++ starts, each after one step over the whole sample.
-
-    One start alone often puts two centroids into one clear cluster, which no pass ever mends.
-    """
-    rng = np.random.default_rng([settings.seed, k])
-    size = min(len(sample), max(START_TILES, 4 * k))
-    best, least = sample, np.inf
-    for seed in rng.integers(2**31, size=STARTS).tolist():
-        drawn = sample[rng.choice(len(sample), size, replace=False)]
-        centres, _ = kmeans_plusplus(drawn, k, random_state=seed)
-        centres = _k_means(centres).partial_fit(sample).cluster_centers_
-        distance = _squared_distances(sample, centres)
-        if distance < least:
-            best, least = centres, distance
-    return best
-
-
-def _k_means(centres: Floats) -> MiniBatchKMeans:
-    """Mini-batch k-means from these centroids, in which nothing is left to chance."""
-    return MiniBatchKMeans(
-        n_clusters=len(centres),
-        init=centres,
-        n_init=1,
-        # Centroids of rare tissue would be moved to random tiles, over and over.
-        reassignment_ratio=0,
-        compute_labels=False,
+    # A stable sort: clusters of one size keep their order.
+    orders = {k: torch.argsort(measures.counts[k], descending=True, stable=True) for k in ks}
+    return ClusterModel(
+        stamp,
+        centroids={k: work.points[k][orders[k]].float().numpy() for k in ks},
+        inertia={k: measures.inertia[k] / tiles for k in ks},
+        distances={k: measures.distances[k].percentiles() for k in ks},
+        transform=work.transform,
     )
 
 
-def _batches(
-    inputs: list[FeatureFile], settings: ClusterSettings, number: int, *, at_least: int
-) -> Iterator[Floats]:
-    """All tiles in mini-batches, slides and tiles within them in an order set by seed and pass."""
-    rng = np.random.default_rng([settings.seed, number])
-    size = max(settings.batch_size, at_least)
-    waiting: list[Floats] = []
-    for i in rng.permutation(len(inputs)):
-        for chunk in _readable(inputs[i]):
-            waiting.append(rng.permutation(chunk))
-            if sum(map(len, waiting)) >= 2 * size:
-                joined = np.concatenate(waiting)
-                # scikit-learn takes no batch smaller than K, so the last one is never left alone.
-                *ready, rest = np.split(joined, range(size, len(joined) - size + 1, size))
-                yield from ready
-                waiting = [rest]
-    yield np.concatenate(waiting)
+@dataclass(frozen=True)
+class _Plan:
+    """How much is held at a time.
+
+    Attributes:
+        sample: Tiles of the sample.
+        batch: Tiles of a mini-batch.
+        buffer: Tiles that wait to be shuffled together.
+        reader: How features are read, the only part that follows from the memory there is.
+    """
+
+    sample: int
+    batch: int
+    buffer: int
+    reader: Reader
+
+    @classmethod
+    def within(
+        cls, memory_gb: float, inputs: Sequence[FeatureFile], settings: ClusterSettings
+    ) -> _Plan:
+        """Plan what to hold.
+
+        Raises:
+            ClusterError: What decides the result does not fit.
+        """
+        length, tiles = inputs[0].length, sum(file.tiles for file in inputs)
+        largest = max(settings.n_clusters)
+        # k-means++ needs a tile for each centroid.
+        sample = max(settings.sample_size, largest)
+        batch = max(settings.batch_size, largest)
+        buffer = batch * max(2, int(SHUFFLE_BYTES // (4 * length * batch)))
+        drawn = min(tiles, sample + len(inputs))
+        needed = RESERVED_BYTES + slide_bytes(length) + 4 * length * (drawn + buffer + 2 * batch)
+        if settings.normalise or settings.whiten is not None:
+            needed += 4 * drawn * (settings.whiten or length)
+        if settings.whiten is not None:
+            needed += 5 * 8 * length**2  # covariance and eigenvectors
+        room = 1e9 * memory_gb - needed
+        if room < 0:
+            raise ClusterError(
+                f"Clustering features of length {length} takes {needed / 1e9:.1f} GB of memory, of "
+                f"which {4e-9 * length * drawn:.1f} GB are for a sample of {drawn} tiles, but only "
+                f"{memory_gb:g} GB may be used. Allow more (--memory, "
+                "HISTOENCODER_CLUSTER_MEMORY_GB), or draw a smaller sample "
+                "(HISTOENCODER_CLUSTERS__SAMPLE_SIZE)."
+            )
+        room = min(READ_BYTES, room + slide_bytes(length))
+        return cls(sample, batch, buffer, Reader.within(room, length=length, cores=usable_cores()))
 
 
-def _shift(before: Floats, after: Floats) -> float:
-    """Mean squared movement of the centroids."""
-    return float(((before - after) ** 2).sum(axis=1).mean())
+@dataclass(frozen=True)
+class _Measures:
+    """What centroids give over all tiles, by K: sizes, sums of squared distances, distances."""
+
+    counts: dict[int, torch.Tensor]
+    inertia: dict[int, float]
+    distances: dict[int, Distances]
 
 
-def _inertia(
-    inputs: list[FeatureFile], centroids: dict[int, Floats], tiles: int
-) -> dict[int, float]:
-    total = dict.fromkeys(centroids, 0.0)
-    for file in inputs:
-        for chunk in _readable(file):
-            for k, centres in centroids.items():
-                total[k] += _squared_distances(chunk, centres)
-    return {k: value / tiles for k, value in total.items()}
+class _Fit:
+    """The centroids on their way.
+
+    Attributes:
+        transform: What is done to features first.
+        points: The centroids.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        inputs: Sequence[FeatureFile],
+        settings: ClusterSettings,
+        plan: _Plan,
+        sample: Floats,
+    ) -> None:
+        self._engine, self._inputs, self._settings, self._plan = engine, inputs, settings, plan
+        self.transform = _transform(sample, settings)
+        self._sample = _transformed(sample, self.transform).to(engine.device)
+        self._spread = float(self._sample.var(dim=0, correction=0).sum()) or 1.0
+        self._buffer: Floats | None = None
+        self.points: Points = {}
+        self._weights: dict[int, torch.Tensor] = {}
+
+    def start(self, ks: Sequence[int]) -> None:
+        """Bring the centroids to rest on the sample."""
+        settings = self._settings
+        rest = kmeans.fit_in_memory(
+            self._engine,
+            self._sample,
+            ks,
+            seed=settings.seed,
+            tolerance=SAMPLE_TOLERANCE * settings.tolerance * self._spread,
+        )
+        self.points, self._weights = rest.points, rest.counts
+
+    def run(self) -> int:
+        """Pass over all tiles until the centroids rest; gives the number of passes."""
+        moving = list(self.points)
+        for number in range(self._settings.max_passes):
+            least = self._settings.tolerance * self._spread
+            moved = self._pass(number, moving)
+            moving = [k for k in moving if moved[k] >= least]
+            if not moving:
+                break
+        return number + 1
+
+    def _pass(self, number: int, ks: Sequence[int]) -> dict[int, float]:
+        """Pass over all tiles once.
+
+        Args:
+            number: Of the pass; the order of the tiles follows from it.
+            ks: The K whose centroids are moved.
+
+        Returns:
+            By K, the mean over all tiles of the squared movement of their centroid.
+        """
+        before = dict(self.points)
+        # Tiles of earlier passes are forgotten, as other centroids took them. The sample's weight
+        # stays, so that the first batches do not throw away where the pass starts.
+        counts = {k: torch.zeros(k, dtype=torch.float64) for k in ks}
+        for batch in self._batches(np.random.default_rng([self._settings.seed, number])):
+            centroids = Centroids({k: self.points[k] for k in ks}, self._engine.device)
+            sums = self._engine.sums(batch, centroids, self.transform)
+            for k in ks:
+                counts[k] += sums.counts[k]
+                weights = (counts[k] + self._weights[k]).clamp(min=1)
+                self.points[k] = self.points[k] + sums.moves[k] / weights[:, None]
+        moves = {k: (self.points[k] - before[k]).square().sum(dim=1) for k in ks}
+        return {k: float(moves[k] @ counts[k] / counts[k].sum()) for k in ks}
+
+    def measure(self) -> _Measures:
+        """See what the centroids give, once no cluster is empty."""
+        while True:
+            measures = self._measure()
+            filled = [
+                kmeans.refill(self._engine, self._sample, self.points, measures.counts[k], k)
+                for k in self.points
+            ]
+            if not any(filled):
+                return measures
+
+    def _measure(self) -> _Measures:
+        centroids = Centroids(self.points, self._engine.device)
+        counts = {k: torch.zeros(k, dtype=torch.int64) for k in self.points}
+        inertia = dict.fromkeys(self.points, 0.0)
+        distances = {k: Distances() for k in self.points}
+        for batch in self._batches():
+            found = self._engine.find(batch, centroids, self.transform)
+            for k, squared in found.squared.items():
+                counts[k] += torch.bincount(found.clusters[k], minlength=k)
+                inertia[k] += float(squared.double().sum())
+                distances[k].add(squared.sqrt().numpy())
+        return _Measures(counts, inertia, distances)
+
+    def _batches(self, rng: np.random.Generator | None = None) -> Iterator[torch.Tensor]:
+        plan = self._plan
+        if self._buffer is None:
+            self._buffer = np.empty((plan.buffer, self._inputs[0].length), np.float32)
+        return map(
+            torch.from_numpy,
+            batches(self._inputs, plan.reader, size=plan.batch, buffer=self._buffer, rng=rng),
+        )
 
 
-def _squared_distances(rows: Floats, centres: Floats) -> float:
-    """Sum of the squared distances of tiles to their nearest centroids."""
-    if len(rows) == 0:
-        return 0.0
-    _, distance = pairwise_distances_argmin_min(rows, centres)
-    return float((distance.astype(np.float64) ** 2).sum())
+def _transform(sample: Floats, settings: ClusterSettings) -> Transform:
+    scaled = Transform(settings.normalise)
+    if settings.whiten is None:
+        return scaled
+    rows = (scaled.apply(part).numpy() for part in _parts(sample))
+    return Transform(settings.normalise, fit_whitening(rows, settings.whiten))
+
+
+def _transformed(sample: Floats, transform: Transform) -> torch.Tensor:
+    if transform == AS_THEY_ARE:
+        return torch.from_numpy(sample)
+    return torch.cat([transform.apply(part) for part in _parts(sample)])
+
+
+def _parts(sample: Floats) -> Iterator[torch.Tensor]:
+    rows = torch.from_numpy(sample)
+    return (rows[first : first + _PART] for first in range(0, len(rows), _PART))

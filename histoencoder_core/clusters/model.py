@@ -10,10 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-from sklearn.metrics import pairwise_distances_argmin
+import torch
 
+from histoencoder_core.clusters.engine import Centroids, computing
+from histoencoder_core.clusters.transform import AS_THEY_ARE, Transform, Whitening
 from histoencoder_core.errors import ClusterError
 from histoencoder_core.settings import ClusterSettings
 from histoencoder_core.store import Stamp, Store, files
@@ -22,6 +25,23 @@ from histoencoder_core.store.tables import feature_list
 
 VERSION_LENGTH = 12
 
+NUMBERED_AFTER = "numbered_after"
+"""In `Stamp.made_from`: the version whose numbers the clusters were given, if any."""
+
+MATCH_FIELDS = (
+    pa.field("previous_cluster", pa.int32()),
+    pa.field("moved", pa.float64()),
+    pa.field("moved_relative", pa.float64()),
+    pa.field("same", pa.bool_()),
+)
+
+_KEY_FIELDS = (pa.field("k", pa.int32()), pa.field("cluster", pa.int32()))
+_NO_MATCHES = pa.schema([*_KEY_FIELDS, *MATCH_FIELDS]).empty_table()
+
+Floats = npt.NDArray[np.float32]
+Assigned = dict[int, tuple[npt.NDArray[np.int32], Floats]]
+"""By K, each tile's cluster and its distance to that cluster's centroid."""
+
 
 @dataclass(frozen=True)
 class ClusterModel:
@@ -29,13 +49,24 @@ class ClusterModel:
 
     Attributes:
         stamp: What it was fitted on: settings, and the fingerprints of the features it saw.
-        centroids: By K, float32 array of shape (K, length).
+        centroids: By K, float32 array of shape (K, length) in the transformed space.
         inertia: By K, the mean squared distance of a tile to its centroid.
+        distances: By K, float32 array of shape (101,): the quantiles at 0, 1, …, 100 % of the
+            tiles' distances to their centroids, of all tiles it was fitted on. Empty in models of
+            earlier versions of this program.
+        transform: What is done to features before they are compared with the centroids.
+        matches: Which cluster of the model before became which: a table of ``k, cluster,
+            previous_cluster``; ``moved``, the distance between their centroids; ``moved_relative``,
+            that distance in parts of the one from the former centroid to the nearest other;
+            ``same``, whether that is less than a half. Empty if there was no model to match.
     """
 
     stamp: Stamp
-    centroids: dict[int, np.ndarray]
+    centroids: dict[int, Floats]
     inertia: dict[int, float] = field(default_factory=dict)
+    distances: dict[int, Floats] = field(default_factory=dict)
+    transform: Transform = AS_THEY_ARE
+    matches: pa.Table = field(default_factory=lambda: _NO_MATCHES)
 
     @property
     def version(self) -> str:
@@ -57,37 +88,51 @@ class ClusterModel:
         """What it was fitted with."""
         return ClusterSettings(**self.stamp.made_from["settings"])
 
-    def assign(self, features: np.ndarray) -> dict[int, np.ndarray]:
+    def assign(self, features: Floats) -> Assigned:
         """Find the nearest centroid of each tile.
 
         Args:
             features: float32 array of shape (tiles, length); a tile without features is NaN.
 
         Returns:
-            By K, an int32 array of shape (tiles,); -1 where there are no features.
+            By K, an int32 array of shape (tiles,) of clusters and a float32 array of shape (tiles,)
+            of Euclidean distances in the transformed space; -1 and NaN where there are no features.
         """
         known = np.isfinite(features).all(axis=1)
-        assigned = {}
-        for k, centroids in self.centroids.items():
-            nearest = np.full(len(features), -1, np.int32)
-            if known.any():
-                nearest[known] = pairwise_distances_argmin(features[known], centroids)
-            assigned[k] = nearest
+        points = {k: torch.from_numpy(v).double() for k, v in self.centroids.items()}
+        with computing() as engine:
+            rows = torch.from_numpy(features[known])
+            found = engine.find(rows, Centroids(points, engine.device), self.transform)
+        assigned: Assigned = {}
+        for k in self.centroids:
+            clusters = np.full(len(features), -1, np.int32)
+            distance = np.full(len(features), np.nan, np.float32)
+            clusters[known] = found.clusters[k].numpy()
+            distance[known] = found.squared[k].sqrt().numpy()
+            assigned[k] = clusters, distance
         return assigned
 
 
 def save_model(store: Store, model: ClusterModel) -> None:
     """Write a model as a version and make it the current one."""
-    stacked = np.concatenate(list(model.centroids.values()))
-    ks = [k for k, centroids in model.centroids.items() for _ in centroids]
-    table = pa.table(
-        {
-            "k": pa.array(ks, pa.int32()),
-            "cluster": pa.array([c for k in model.centroids for c in range(k)], pa.int32()),
-            "features": feature_list(stacked, "float32"),
-        }
+    rows = [(k, cluster) for k in model.centroids for cluster in range(k)]
+    parts = list(model.centroids.values())
+    if (whitening := model.transform.whitening) is not None:
+        # Its matrix is as wide as the centroids are long: its rows, then the offset, follow them.
+        parts += [whitening.matrix, whitening.offset[None]]
+    stacked = np.concatenate(parts)
+    ks, clusters = zip(*rows, *[(None, None)] * (len(stacked) - len(rows)), strict=True)
+    table = pa.table([pa.array(ks), pa.array(clusters)], schema=pa.schema(_KEY_FIELDS))
+    table = table.append_column("features", feature_list(stacked, "float32"))
+    if len(model.matches):
+        found = {(row["k"], row["cluster"]): row for row in model.matches.to_pylist()}
+        for column in MATCH_FIELDS:
+            values = [found.get(key, {}).get(column.name) for key in zip(ks, clusters, strict=True)]
+            table = table.append_column(column, pa.array(values, column.type))
+    stamp = model.stamp.with_result(
+        inertia={str(k): v for k, v in model.inertia.items()},
+        distances={str(k): v.tolist() for k, v in model.distances.items()},
     )
-    stamp = model.stamp.with_result(inertia={str(k): v for k, v in model.inertia.items()})
     path = store.cluster_models / f"{model.version}.parquet"
     with files.atomic_path(path) as temporary:
         pq.write_table(stamp.on_table(table), temporary, compression="zstd")
@@ -121,15 +166,49 @@ def load_model(store: Store, version: str) -> ClusterModel:
     if stamp is None:
         raise ClusterError(f"{path}: is missing or damaged. {_remedy(store)}")
     try:
-        table = pq.read_table(path, columns=["k", "features"], partitioning=None)
+        table = pq.read_table(path, partitioning=None)
     except (pa.ArrowException, OSError) as error:
         raise ClusterError(f"{path}: can't be read ({error}). {_remedy(store)}") from error
-    ks = table.column("k").to_numpy()
     column = table.column("features").combine_chunks()
-    features = np.asarray(column.values, np.float32).reshape(len(column), -1)
-    centroids = {int(k): features[ks == k] for k in dict.fromkeys(ks.tolist())}
-    inertia: dict[str, Any] = stamp.result.get("inertia", {})
-    return ClusterModel(stamp, centroids, {int(k): float(v) for k, v in inertia.items()})
+    features = np.array(column.values, np.float32).reshape(len(column), -1)
+    ks = table.column("k").to_pylist()
+    known = sum(k is not None for k in ks)
+    places = {k: [i for i in range(known) if ks[i] == k] for k in dict.fromkeys(ks[:known])}
+    settings = ClusterSettings(**stamp.made_from["settings"])
+    whitening = Whitening(features[known:-1], features[-1]) if known < len(features) else None
+    told: dict[str, dict[str, Any]] = stamp.result
+    return ClusterModel(
+        stamp,
+        centroids={k: features[rows] for k, rows in places.items()},
+        inertia={int(k): float(v) for k, v in told.get("inertia", {}).items()},
+        distances={int(k): np.array(v, np.float32) for k, v in told.get("distances", {}).items()},
+        transform=Transform(settings.normalise, whitening),
+        matches=_matches(table),
+    )
+
+
+def _matches(table: pa.Table) -> pa.Table:
+    if "previous_cluster" not in table.column_names:
+        return _NO_MATCHES
+    matched = table.filter(table.column("previous_cluster").is_valid())
+    return matched.select(_NO_MATCHES.column_names).replace_schema_metadata()
+
+
+def find_version(store: Store, stamp: Stamp) -> str | None:
+    """The version that was fitted on the same features with the same settings, if there is one.
+
+    Args:
+        store: The store.
+        stamp: Of a model whose clusters are numbered after no other's. How a version's clusters
+            are numbered does not count.
+    """
+    for version in model_versions(store):
+        known = read_stamp(store.cluster_models / f"{version}.parquet")
+        if known is None or known.algorithm != stamp.algorithm:
+            continue
+        if {**known.made_from, NUMBERED_AFTER: None} == {**stamp.made_from, NUMBERED_AFTER: None}:
+            return version
+    return None
 
 
 def model_versions(store: Store) -> list[str]:

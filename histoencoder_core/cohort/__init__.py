@@ -1,11 +1,22 @@
 """Cohort: what all slides together tell.
 
-Flow: `completeness` says which stage of which slide is done, failed or stale, `catalog` gathers
-every slide's tables into one DuckDB file, and `query` answers SQL over it, read-only.
+Flow: `changes` says which slides' files have changed, `completeness` which stage of a slide is
+done, failed or stale, and `reading` what it holds. `catalog` gathers that of all slides into one
+DuckDB file, whose tables and macros are the SQL files of this package. `statistics` computes what
+SQL alone can't, and `query` answers SQL over the catalog, read-only.
 """
 
-from histoencoder_core.cohort.catalog import CatalogSummary, build_catalog
+from histoencoder_core.cohort.catalog import CatalogSummary, build_catalog, publish_catalog
 from histoencoder_core.cohort.completeness import StageState, slide_states
 from histoencoder_core.cohort.query import run_sql
+from histoencoder_core.cohort.statistics import ensure_statistics
 
-__all__ = ["CatalogSummary", "StageState", "build_catalog", "run_sql", "slide_states"]
+__all__ = [
+    "CatalogSummary",
+    "StageState",
+    "build_catalog",
+    "ensure_statistics",
+    "publish_catalog",
+    "run_sql",
+    "slide_states",
+]

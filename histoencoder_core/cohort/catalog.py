@@ -1,31 +1,71 @@
 """Gathering every slide's tables into ``<store>/_cohort/catalog.duckdb``.
 
 The catalog holds tables, not views over files, so that user queries can run with file access off.
-It is written under a temporary name and renamed: a reader never sees a half and blocks no run.
+A refresh works on a copy: it replaces the rows of slides whose files have changed, and renames the
+copy. A reader never sees a half and blocks no run.
 """
 
 from __future__ import annotations
 
+import itertools
+import logging
+import shutil
 import time
-from dataclasses import dataclass
-from importlib.resources import files as package_files
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import pyarrow as pa
 
-from histoencoder_core.clusters import ClusterModel, current_model
-from histoencoder_core.cohort.completeness import StageState, expected_slides, slide_states
-from histoencoder_core.errors import StoreError
-from histoencoder_core.settings import EncoderSettings, TilingSettings
-from histoencoder_core.slides import read_description
-from histoencoder_core.store import SlideFolder, Store, files, layout
-from histoencoder_core.store.layout import Stage
-from histoencoder_core.store.tables import cluster_columns, read_keys, read_table
-from histoencoder_core.tiles import tile_source
+from histoencoder_core.clusters import current_model, load_model, model_versions
+from histoencoder_core.cohort import database
+from histoencoder_core.cohort.changes import Known, Scan, Signature
+from histoencoder_core.cohort.completeness import (
+    Asked,
+    StageState,
+    annotations_state,
+    known_cluster_labels,
+    states_of,
+    with_what_precedes,
+)
+from histoencoder_core.cohort.looking import SlideLook
+from histoencoder_core.cohort.query import attached
+from histoencoder_core.cohort.reading import SlideRows, read_slide
+from histoencoder_core.cohort.statistics import (
+    counted_fingerprint,
+    ensure_statistics,
+    read_replicates,
+    read_statistics,
+)
+from histoencoder_core.errors import ClusterError
+from histoencoder_core.labels import Annotations
+from histoencoder_core.settings import (
+    AnnotationSettings,
+    EncoderSettings,
+    LabelSettings,
+    TilingSettings,
+    fingerprint,
+)
+from histoencoder_core.slides import Register
+from histoencoder_core.store import Stamp, Store, files, layout
 
-DERIVED = ("cluster_purity", "slide_composition")
-"""Tables computed from the others, each by the SQL file of its name."""
+log = logging.getLogger(__name__)
+
+READERS = 4
+"""Threads that read slides: while one waits for the disk, another decodes."""
+
+BATCH = 64
+"""Slides that are put in at a time."""
+
+COMMITTED = 16
+"""Batches that are committed at a time."""
+
+GROWN = 1.5
+"""A file that has grown so much since it was last written from scratch is, again."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +79,7 @@ class CatalogSummary:
         labelled_tiles: Number of tiles with a label.
         states: State of every stage of every slide.
         purity: The table ``cluster_purity``.
+        read: Number of slides whose files were read; the others had not changed.
         seconds: Time taken to build it.
     """
 
@@ -48,6 +89,7 @@ class CatalogSummary:
     labelled_tiles: int
     states: list[StageState]
     purity: pa.Table
+    read: int
     seconds: float
 
 
@@ -57,13 +99,64 @@ def build_catalog(
     tiling: TilingSettings | None = None,
     encoder: EncoderSettings | None = None,
     annotations: Path | None = None,
+    labels: LabelSettings | None = None,
+    annotate: AnnotationSettings | None = None,
 ) -> CatalogSummary:
-    """Build the catalog anew and put it in place of the old one.
+    """Bring the catalog up to date.
+
+    Only slides whose files have changed are read. All are after a refit, or when other settings
+    are asked for.
 
     Args:
         store: The store.
         tiling: What tiles are expected; see `slide_states`.
         encoder: What features are expected; see `slide_states`.
+        annotations: What labels are expected; see `slide_states`.
+        labels: How they are made; see `slide_states`.
+        annotate: Which K annotates; see `slide_states`.
+
+    Returns:
+        What the catalog holds.
+
+    Raises:
+        ClusterError: The current model's file is damaged.
+        StoreError: ``tiles.csv`` can't be read.
+    """
+    started = time.perf_counter()
+    refresh = _Refresh(store, tiling, encoder, annotations, labels, annotate)
+    before = _before(store, refresh.made_for)
+    try:
+        read = refresh.publish(before)
+    except duckdb.Error as error:
+        if before is None:
+            raise
+        log.warning("%s: is damaged (%s); it is written anew.", store.catalog_path, error)
+        read = refresh.publish(None)
+    with attached(store) as connection:
+        counts = connection.sql(
+            "SELECT count(*), sum(tiles)::BIGINT, sum(labelled_tiles)::BIGINT FROM slides"
+        ).fetchall()[0]
+        purity = connection.sql("SELECT * FROM cluster_purity").to_arrow_table()
+        rows = connection.sql("SELECT slide, stage, state, reason FROM completeness").fetchall()
+    order = {stage: place for place, stage in enumerate(layout.STAGES)}
+    rows.sort(key=lambda row: (row[0], order[row[1]]))
+    return CatalogSummary(
+        path=store.catalog_path,
+        slides=counts[0],
+        tiles=counts[1] or 0,
+        labelled_tiles=counts[2] or 0,
+        states=[StageState(*row) for row in rows],
+        purity=purity,
+        read=read,
+        seconds=round(time.perf_counter() - started, 3),
+    )
+
+
+def publish_catalog(store: Store, *, annotations: Path | None = None) -> CatalogSummary:
+    """Bring the catalog up to date, and the statistics that it takes in.
+
+    Args:
+        store: The store.
         annotations: What labels are expected; see `slide_states`.
 
     Returns:
@@ -71,176 +164,307 @@ def build_catalog(
 
     Raises:
         ClusterError: The current model's file is damaged.
+        StoreError: ``tiles.csv`` can't be read.
     """
-    started = time.perf_counter()
-    model = current_model(store)
-    states = slide_states(
-        store, tiling=tiling, encoder=encoder, model=model, annotations=annotations
-    )
-    # The database is closed, and so whole, before the file is renamed.
-    with (
-        files.atomic_path(store.catalog_path) as temporary,
-        duckdb.connect(str(temporary)) as connection,
-    ):
-        # One transaction: a commit waits for the disk.
-        connection.begin()
-        connection.execute(sql("tables"))
-        done = {(s.slide, s.stage) for s in states if s.state == "done"}
-        for slide_id in expected_slides(store):
-            try:
-                _add_slide(connection, store, slide_id, done=done)
-            except StoreError as error:
-                # The others' answers are worth more than none; this one is told as failed.
-                damaged = [s for s in layout.STAGES if layout.RECORD[s] in str(error)]
-                stage = damaged[0] if damaged else "tiles"
-                states = [s for s in states if (s.slide, s.stage) != (slide_id, stage)]
-                states.append(StageState(slide_id, stage, "failed", str(error)))
-        for state in states:
-            connection.execute(
-                "INSERT INTO completeness VALUES (?, ?, ?, ?)",
-                [state.slide, state.stage, state.state, state.reason],
-            )
-        if model is not None:
-            _add_model(connection, model)
-        for name in DERIVED:
-            connection.execute(sql(name))
-        counts = [
-            _count(connection, f"SELECT count(*) FROM {table}")  # noqa: S608 - constants
-            for table in ("slides", "tiles", "labels")
-        ]
-        purity = connection.sql("SELECT * FROM cluster_purity").to_arrow_table()
-        connection.commit()
-    return CatalogSummary(
-        path=store.catalog_path,
-        slides=counts[0],
-        tiles=counts[1],
-        labelled_tiles=counts[2],
-        states=states,
-        purity=purity,
-        seconds=round(time.perf_counter() - started, 3),
-    )
+    summary = build_catalog(store, annotations=annotations)
+    statistics = ensure_statistics(store)
+    if statistics is not None and statistics.made_now:
+        again = build_catalog(store, annotations=annotations)
+        summary = replace(again, read=summary.read, seconds=summary.seconds + again.seconds)
+    return summary
 
 
-def sql(name: str) -> str:
-    """The text of one of this package's SQL files."""
-    return (package_files("histoencoder_core.cohort") / "sql" / f"{name}.sql").read_text("utf-8")
+@dataclass(frozen=True)
+class _Before:
+    """What the published catalog was made from.
+
+    Attributes:
+        known: What its slides' files look like, and what is inside of them.
+        cohort: Versions of cluster models, fingerprint of what clusters meant, and fingerprint of
+            the statistics that were there.
+        size: Size in bytes of its file when that was last written from scratch.
+    """
+
+    known: dict[str, Known]
+    cohort: tuple[list[str], str | None, str | None]
+    size: int
 
 
-def _add_slide(
-    connection: duckdb.DuckDBPyConnection,
-    store: Store,
-    slide_id: str,
-    *,
-    done: set[tuple[str, Stage]],
-) -> None:
-    folder = store.slide(slide_id)
-    tiles = _tiles(store, folder)
-    if tiles is not None:
-        _insert(connection, "tiles", tiles, slide_id)
-    clusters = folder.record("clusters")
-    version = None
-    if clusters.exists():
-        version = _add_clusters(connection, folder, current=(slide_id, "clusters") in done)
-    # Labels of other tiles, or of an annotation that is gone, say nothing of these tiles.
-    if (slide_id, "labels") in done:
-        labels = read_table(folder.record("labels"), ["tile", "label", "share"])
-        _insert(connection, "labels", labels.filter(labels.column("label").is_valid()), slide_id)
-    _add_properties(connection, folder, None if tiles is None else tiles.num_rows, version)
-
-
-def _tiles(store: Store, folder: SlideFolder) -> pa.Table | None:
-    """A slide's tiles with what is known of them; None if it has none."""
-    if folder.stamp("tiles") is not None:
-        table = read_table(folder.record("tiles"))
-        return table.append_column("mpp", table.column("mpp_x"))
-    source = tile_source(store, folder.slide_id)
-    if source is not None:
-        return source.keys
-    for stage in ("features", "clusters"):
-        if folder.record(stage).exists():
-            return read_keys(folder.record(stage))
-    return None
-
-
-def _add_clusters(
-    connection: duckdb.DuckDBPyConnection, folder: SlideFolder, *, current: bool
-) -> str | None:
-    path = folder.record("clusters")
-    stamp = folder.stamp("clusters")
-    table = read_table(path)
-    keys = read_keys(path).column("tile")
-    version = (
-        table.column("model")[0].as_py() if "model" in table.column_names and len(table) else None
-    )
-    same = {
-        "model": pa.scalar(version, pa.string()),
-        "current": pa.scalar(current),
-        "untrained": pa.scalar(None if stamp is None else stamp.untrained, pa.bool_()),
-    }
-    for k, name in sorted(cluster_columns(table.schema).items()):
-        try:
-            rows = pa.table({"tile": keys, "cluster": table.column(name).cast(pa.int32())})
-        except pa.ArrowException as error:
-            raise StoreError(f"{path}: {name} holds no cluster numbers ({error}).") from error
-        rows = rows.filter(rows.column("cluster").is_valid())
-        for column, value in {"k": pa.scalar(k, pa.int32()), **same}.items():
-            rows = rows.append_column(column, pa.repeat(value, rows.num_rows))
-        _insert(connection, "clusters", rows, folder.slide_id)
-    return version
-
-
-def _add_properties(
-    connection: duckdb.DuckDBPyConnection,
-    folder: SlideFolder,
-    tiles: int | None,
-    version: str | None,
-) -> None:
-    description = read_description(folder)
-    features = folder.stamp("features")
-    row: dict[str, object] = {"slide": folder.slide_id, "tiles": tiles, "model": version}
-    row["encoder"] = None if features is None else features.result["encoder"]
-    row["untrained"] = None if features is None else features.untrained
-    if description is not None:
-        row |= {
-            "file": description.relative_path,
-            "vendor": description.vendor,
-            "objective_power": description.objective_power,
-            "width": description.width,
-            "height": description.height,
-            "levels": len(description.levels),
-            "mpp": description.mpp_x,
-            "mpp_source": description.mpp_source,
-            **description.facts,
-        }
-    names = ", ".join(row)
-    marks = ", ".join("?" * len(row))
-    connection.execute(f"INSERT INTO slides ({names}) VALUES ({marks})", list(row.values()))  # noqa: S608
-
-
-def _add_model(connection: duckdb.DuckDBPyConnection, model: ClusterModel) -> None:
-    told = model.stamp.result
-    row = [model.version, told["encoder"], model.untrained, told["slides"], told["tiles"]]
-    connection.execute("INSERT INTO model VALUES (?, ?, ?, ?, ?)", row)
-
-
-def _insert(
-    connection: duckdb.DuckDBPyConnection, table: str, rows: pa.Table, slide_id: str
-) -> None:
-    """Insert the columns that the catalog's table has."""
-    rows = rows.append_column("slide", pa.array([slide_id] * rows.num_rows, pa.string()))
-    known = [r[0] for r in connection.execute(f"DESCRIBE {table}").fetchall()]
-    names = [name for name in rows.column_names if name in known]
-    connection.register("incoming", rows.select(names))
-    columns = ", ".join(names)
+def _before(store: Store, made_for: str) -> _Before | None:
+    """Look at the published catalog; None if there is none that could be brought up to date."""
+    if not store.catalog_path.exists():
+        return None
     try:
-        connection.execute(f"INSERT INTO {table} ({columns}) SELECT {columns} FROM incoming")  # noqa: S608
-    except duckdb.Error as error:
-        raise StoreError(
-            f"{slide_id}: its {table} can't be put into the catalog ({error})."
-        ) from error
-    finally:
-        connection.unregister("incoming")
+        with attached(store) as connection:
+            state = connection.sql("SELECT * FROM internal.state").fetchall()
+            if not state or state[0][0] != made_for:
+                return None
+            sources = connection.sql(
+                "SELECT slide, files, images, own_tiles, path FROM internal.sources"
+            ).fetchall()
+    except duckdb.Error as error:  # of an earlier release, or damaged
+        log.info(
+            "%s: can't be brought up to date (%s); it is written anew.", store.catalog_path, error
+        )
+        return None
+    return _Before(
+        known={
+            slide: Known(Signature(of_files, of_images), own_tiles, path)
+            for slide, of_files, of_images, own_tiles, path in sources
+        },
+        cohort=state[0][1:4],
+        size=state[0][4],
+    )
 
 
-def _count(connection: duckdb.DuckDBPyConnection, query: str) -> int:
-    return int(connection.execute(query).fetchall()[0][0])
+class _Refresh:
+    """One refresh: the store as it is now, and the catalog that it calls for."""
+
+    def __init__(
+        self,
+        store: Store,
+        tiling: TilingSettings | None,
+        encoder: EncoderSettings | None,
+        annotations: Path | None,
+        labels: LabelSettings | None,
+        annotate: AnnotationSettings | None,
+    ) -> None:
+        self.store = store
+        self.model = current_model(store)
+        self.n_clusters = sorted(self.model.centroids) if self.model is not None else []
+        self.entries = Register(store).entries()
+        self.scan = Scan(store)
+        self.slides = self.scan.expected(self.entries)
+        self.said = Annotations(store, annotations, self.slides)
+        named = known_cluster_labels(store, annotate)
+        self.asked = Asked(tiling, encoder, self.model, named, self.said, labels)
+        self.statistics = read_statistics(store)
+        self.made_for = fingerprint(
+            {
+                "form": database.form(),
+                "model": self.model and self.model.version,
+                "tiling": tiling and tiling.model_dump(mode="json"),
+                "encoder": encoder and encoder.model_dump(mode="json"),
+                "labels": labels and labels.model_dump(mode="json"),
+            }
+        )
+
+    def publish(self, before: _Before | None) -> int:
+        """Write the catalog that the store calls for, and put it in place if it is another.
+
+        Args:
+            before: What the published catalog was made from; None to write it from scratch.
+
+        Returns:
+            Number of slides that were read.
+        """
+        known = {} if before is None else before.known
+        now = self.scan.signatures(self.slides, self.entries, self.said, known)
+        versions = model_versions(self.store)
+        changed = [s for s in self.slides if s not in known or known[s].signature != now[s]]
+        gone = sorted(known.keys() - now.keys())
+        labels = self.asked.cluster_labels and self.asked.cluster_labels.fingerprint
+        stored = self.statistics and self.statistics.fingerprint
+        same = before is not None and before.cohort == (versions, labels, stored)
+        if same and not changed and not gone:
+            return 0
+        # A database is closed, and so whole, before its file is renamed.
+        with files.atomic_path(self.store.catalog_path) as temporary:
+            if before is not None:
+                shutil.copyfile(self.store.catalog_path, temporary)
+            with duckdb.connect(str(temporary), config=database.CONFIG) as connection:
+                # A commit waits for the disk, but what is not committed stays in memory.
+                connection.begin()
+                if before is None:
+                    database.create(connection, self.n_clusters)
+                    self._add_model(connection)
+                else:
+                    database.remove_slides(connection, [*changed, *gone])
+                for number, batch in enumerate(_batched(self._read(changed)), 1):
+                    self._add_slides(connection, batch, now)
+                    if number % COMMITTED == 0:
+                        connection.commit()
+                        connection.begin()
+                if before is not None and before.cohort[1] != labels:
+                    self._tell_annotations_anew(connection)
+                self._add_models(connection, versions)
+                self._take_in_statistics(connection)
+                connection.execute(database.script("cluster_purity", self.n_clusters))
+                connection.execute("DELETE FROM internal.state")
+                size = 0 if before is None else before.size
+                state = [self.made_for, versions, labels, stored, size]
+                connection.execute("INSERT INTO internal.state VALUES (?, ?, ?, ?, ?)", state)
+                connection.commit()
+            if before is not None and temporary.stat().st_size > GROWN * before.size:
+                self._write_anew(temporary)
+            if before is None:
+                _note_size(temporary)
+        return len(changed)
+
+    def _read(self, slides: Iterable[str]) -> Iterator[SlideRows]:
+        """Read slides in order, a few ahead."""
+        with ThreadPoolExecutor(READERS) as pool:
+            waiting: deque[Future[SlideRows]] = deque()
+            for slide in slides:
+                waiting.append(pool.submit(self._read_one, slide))
+                if len(waiting) > BATCH:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+
+    def _read_one(self, slide: str) -> SlideRows:
+        look = SlideLook(self.store, slide, self.entries.get(slide))
+        states = states_of(look, self.asked)
+        return read_slide(look, states, self.n_clusters)
+
+    def _add_slides(
+        self,
+        connection: duckdb.DuckDBPyConnection,
+        batch: Sequence[SlideRows],
+        now: Mapping[str, Signature],
+    ) -> None:
+        tiles = pa.concat_tables([rows.tiles for rows in batch])
+        database.insert_tiles(connection, tiles, self.n_clusters)
+        other = pa.concat_tables([rows.other_clusters for rows in batch])
+        database.insert(connection, "other_clusters", other)
+        sources = [
+            {
+                "slide": rows.slide,
+                "files": now[rows.slide].files,
+                "images": "" if rows.own_tiles else now[rows.slide].images,
+                "own_tiles": rows.own_tiles,
+                "path": rows.path,
+                "clusters": rows.clusters,
+                "counted": rows.counted,
+                "annotations": rows.annotations,
+            }
+            for rows in batch
+        ]
+        by_table: dict[str, list[dict[str, Any]]] = {
+            "slides": [rows.properties for rows in batch],
+            "completeness": [asdict(state) for rows in batch for state in rows.states],
+            "slide_distance": [rows.distance for rows in batch if rows.distance is not None],
+            "internal.sources": sources,
+        }
+        for table, rows in by_table.items():
+            if rows:
+                names = sorted({name for row in rows for name in row})
+                columns = {name: [row.get(name) for row in rows] for name in names}
+                database.insert(connection, table, pa.table(columns))
+
+    def _tell_annotations_anew(self, connection: duckdb.DuckDBPyConnection) -> None:
+        """What clusters mean has changed, which bears on each slide's annotation by cluster."""
+        rows = connection.execute(
+            "SELECT a.slide, a.state, a.reason, c.state, s.clusters, s.annotations "
+            "FROM completeness AS a "
+            "JOIN completeness AS c ON c.slide = a.slide AND c.stage = 'clusters' "
+            "JOIN internal.sources AS s ON s.slide = a.slide "
+            "WHERE a.stage = 'annotations' AND a.state NOT IN ('failed', 'input')"
+        ).fetchall()
+        told = []
+        for slide, state, reason, clusters_state, clusters, annotated in rows:
+            stamp = None if annotated is None else Stamp.model_validate_json(annotated)
+            found = annotations_state(stamp, clusters, self.asked.cluster_labels)
+            found = with_what_precedes("annotations", *found, {"clusters": clusters_state})
+            if found != (state, reason):
+                told.append(StageState(slide, "annotations", *found))
+        if told:
+            incoming = pa.table(
+                {"slide": [t.slide for t in told], "state": [t.state for t in told],
+                 "reason": pa.array([t.reason for t in told], pa.string())}
+            )  # fmt: skip
+            connection.register("told", incoming)
+            connection.execute(
+                "UPDATE completeness AS c SET state = told.state, reason = told.reason FROM told "
+                "WHERE c.slide = told.slide AND c.stage = 'annotations'"
+            )
+            connection.unregister("told")
+
+    def _add_model(self, connection: duckdb.DuckDBPyConnection) -> None:
+        if self.model is not None:
+            told = self.model.stamp.result
+            row = [self.model.version, told["encoder"], self.model.untrained]
+            row += [told["slides"], told["tiles"]]
+            connection.execute("INSERT INTO model VALUES (?, ?, ?, ?, ?)", row)
+
+    def _add_models(self, connection: duckdb.DuckDBPyConnection, versions: Sequence[str]) -> None:
+        """Tell of all versions, those that are new in full."""
+        known = {v for (v,) in connection.execute("SELECT version FROM models").fetchall()}
+        for version in known - set(versions):
+            connection.execute("DELETE FROM models WHERE version = ?", [version])
+            connection.execute("DELETE FROM cluster_matches WHERE model = ?", [version])
+        for version in versions:
+            if version in known:
+                continue
+            try:
+                model = load_model(self.store, version)
+            except ClusterError as error:  # the current one can be read, or we would not be here
+                log.warning("of a former cluster model nothing is told: %s", error)
+                connection.execute("INSERT INTO models (version) VALUES (?)", [version])
+                continue
+            told = model.stamp.result
+            row = [
+                version, self.model is not None and version == self.model.version,
+                told["encoder"], model.untrained, told["slides"], told["tiles"],
+                sorted(model.centroids), model.settings.seed, told.get("previous"),
+            ]  # fmt: skip
+            connection.execute("INSERT INTO models VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+            if model.matches is not None and model.matches.num_rows:
+                same = {"model": version, "previous": told.get("previous")}
+                matches = model.matches
+                for name, value in same.items():
+                    matches = matches.append_column(
+                        name, pa.repeat(pa.scalar(value, pa.string()), matches.num_rows)
+                    )
+                database.insert(connection, "cluster_matches", matches)
+
+    def _take_in_statistics(self, connection: duckdb.DuckDBPyConnection) -> None:
+        """Take in what was computed of the data that are counted now, and nothing else."""
+        stamp, data = self.statistics, counted_fingerprint(connection)
+        row: dict[str, Any] = {"state": "missing"}
+        if stamp is not None:
+            current = stamp.made_from["data"] == data
+            row = {
+                "state": "current" if current else "stale",
+                "replicates": stamp.made_from["replicates"],
+                "seed": stamp.made_from["seed"],
+                "labelled_slides": stamp.result["labelled_slides"],
+                "labelled_tiles": stamp.result["labelled_tiles"],
+                "fingerprint": stamp.fingerprint,
+            }
+        before = connection.execute("SELECT state, fingerprint FROM statistics").fetchall()
+        if before == [(row["state"], row.get("fingerprint"))]:
+            return
+        connection.execute("DELETE FROM statistics")
+        connection.execute("DELETE FROM purity_replicates")
+        if row["state"] == "current":
+            database.insert(connection, "purity_replicates", read_replicates(self.store))
+        database.insert(connection, "statistics", pa.Table.from_pylist([row]))
+
+    def _write_anew(self, path: Path) -> None:
+        """Write a catalog from scratch with the rows that it has."""
+        anew = files.temporary_name(path)
+        try:
+            with duckdb.connect(str(anew)) as connection:
+                connection.begin()
+                database.create(connection, self.n_clusters)
+                source = str(path).replace("'", "''")
+                connection.execute(f"ATTACH '{source}' AS grown (READ_ONLY)")
+                database.copy_tables(connection, "grown")
+                connection.execute(database.script("cluster_purity", self.n_clusters))
+                connection.commit()
+            _note_size(anew)
+            anew.replace(path)
+        finally:
+            files.remove(anew)
+
+
+def _note_size(path: Path) -> None:
+    """Write into a catalog how large its file is."""
+    with duckdb.connect(str(path)) as connection:
+        connection.execute("UPDATE internal.state SET bytes = ?", [path.stat().st_size])
+
+
+def _batched(rows: Iterator[SlideRows]) -> Iterator[list[SlideRows]]:
+    while batch := list(itertools.islice(rows, BATCH)):
+        yield batch

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from histoencoder_core.clusters import ClusterModel, feature_file
-from histoencoder_core.clusters.assign import clusters_stamp
+from histoencoder_core.clusters import ClusterModel, clusters_stamp
 from histoencoder_core.clusters.inputs import made_by
-from histoencoder_core.errors import LabelError, StoreError
-from histoencoder_core.labels import find_annotation, find_annotations
-from histoencoder_core.labels.assign import grid_fingerprint, labels_stamp
-from histoencoder_core.settings import EncoderSettings, TilingSettings
-from histoencoder_core.slides import FoundSlide, Register, read_description
+from histoencoder_core.clusters.naming import (
+    ANNOTATIONS_ALGORITHM,
+    ClusterLabels,
+    current_cluster_labels,
+)
+from histoencoder_core.cohort.changes import Scan
+from histoencoder_core.cohort.looking import SlideLook
+from histoencoder_core.errors import HistoEncoderError, LabelError, SettingsError
+from histoencoder_core.labels import Annotations, why_due
+from histoencoder_core.settings import (
+    AnnotationSettings,
+    EncoderSettings,
+    LabelSettings,
+    TilingSettings,
+)
+from histoencoder_core.slides import FoundSlide, Register
 from histoencoder_core.slides.content import signature
-from histoencoder_core.slides.register import Entry
-from histoencoder_core.store import SlideFolder, Stamp, Store, layout
+from histoencoder_core.store import Stamp, Store
 from histoencoder_core.store.layout import Stage
-from histoencoder_core.tiles import tile_source, tiles_stamp
-from histoencoder_core.tiles.source import slide_ids_with_tiles
+from histoencoder_core.tiles import tiles_stamp
 
 log = logging.getLogger(__name__)
 
@@ -47,14 +55,25 @@ class StageState:
     reason: str | None = None
 
 
-def expected_slides(store: Store) -> list[str]:
-    """All slides that results are expected of: registered, with tiles, or with results."""
-    with_results = {
-        slide_id
-        for slide_id in store.slide_ids()
-        if any(store.slide(slide_id).record(stage).exists() for stage in layout.STAGES)
-    }
-    return sorted({*Register(store).entries(), *slide_ids_with_tiles(store), *with_results})
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of every slide; where it is None, whatever there is will do.
+
+    Attributes:
+        tiling: How tiles are cut.
+        encoder: What features are made with.
+        model: The current cluster model, if there is one.
+        cluster_labels: What its clusters mean, if that is known.
+        annotations: What people say of slides.
+        labels: How that becomes labels.
+    """
+
+    tiling: TilingSettings | None = None
+    encoder: EncoderSettings | None = None
+    model: ClusterModel | None = None
+    cluster_labels: ClusterLabels | None = None
+    annotations: Annotations | None = None
+    labels: LabelSettings | None = None
 
 
 def slide_states(
@@ -64,6 +83,8 @@ def slide_states(
     encoder: EncoderSettings | None = None,
     model: ClusterModel | None = None,
     annotations: Path | None = None,
+    labels: LabelSettings | None = None,
+    annotate: AnnotationSettings | None = None,
     found: Iterable[FoundSlide] = (),
 ) -> list[StageState]:
     """Tell the state of every stage of every expected slide.
@@ -74,6 +95,8 @@ def slide_states(
         encoder: Features of another encoder are stale; if None, any features will do.
         model: The current cluster model; clusters of another are stale.
         annotations: Folder of annotations; if None, labels made from any will do.
+        labels: Labels made otherwise are stale; if None, any labels will do.
+        annotate: Which K annotates; the defaults if None.
         found: Slide files there are; one that was never registered is missing.
 
     Returns:
@@ -86,152 +109,213 @@ def slide_states(
         for slide in found
         if str(slide.path) not in paths
     ]
-    expected = expected_slides(store)
-    try:
-        annotated = find_annotations(store, annotations, expected)
-    except LabelError as error:  # one bad file must not hide what all slides are
-        log.warning("which slides have annotations is not known: %s", error)
-        annotations, annotated = None, {}
+    expected = Scan(store).expected(entries)
+    asked = Asked(
+        tiling,
+        encoder,
+        model,
+        known_cluster_labels(store, annotate),
+        Annotations(store, annotations, expected),
+        labels,
+    )
     for slide_id in expected:
-        folder = store.slide(slide_id)
-        of_slide = [
-            _slides(folder, entries.get(slide_id)),
-            # The functions are called at once.
-            _told("tiles", lambda: _tiles(store, folder, tiling)),  # noqa: B023
-            _told("features", lambda: _features(store, folder, encoder)),  # noqa: B023
-            _told("clusters", lambda: _clusters(folder, model)),  # noqa: B023
-            _told("labels", lambda: _labels(store, folder, annotations, slide_id in annotated)),  # noqa: B023
-        ]
-        states += _with_what_precedes(folder, of_slide)
+        look = SlideLook(store, slide_id, entries.get(slide_id))
+        states += states_of(look, asked)
     return states
 
 
-def _with_what_precedes(folder: SlideFolder, of_slide: list[_Found]) -> Iterator[StageState]:
-    """A stage is only as good as the ones it is made from, and a failure is never hidden."""
-    failures = folder.failures()
+def known_cluster_labels(store: Store, settings: AnnotationSettings | None) -> ClusterLabels | None:
+    """What clusters mean; None if that is not known, or an edited table does not fit."""
+    try:
+        return current_cluster_labels(store, settings or AnnotationSettings())
+    except (LabelError, SettingsError) as error:
+        log.warning("what clusters mean is not known: %s", error)
+        return None
+
+
+def states_of(look: SlideLook, asked: Asked) -> list[StageState]:
+    """Tell the state of every stage of one slide.
+
+    Args:
+        look: The slide's files.
+        asked: What is asked of every slide.
+    """
+    failures = look.folder.failures()
     states: dict[Stage, State] = {}
-    for stage, state, reason in of_slide:
-        before = [s for s in _MADE_FROM[stage] if states[s] in {"failed", "stale"}]
+    told = []
+    stages: list[tuple[Stage, Callable[[], _Found]]] = [
+        ("slides", lambda: _slides(look)),
+        ("tiles", lambda: _tiles(look, asked)),
+        ("features", lambda: _features(look, asked)),
+        ("clusters", lambda: _clusters(look, asked)),
+        ("labels", lambda: _labels(look, asked)),
+        ("annotations", lambda: _annotations(look, asked)),
+    ]
+    if look.folder.record("slide_clusters").exists() or "slide_clusters" in failures:
+        stages.insert(4, ("slide_clusters", lambda: _slide_clusters(look)))
+    for stage, find in stages:
+        try:
+            state, reason = find()
+        except HistoEncoderError as error:  # a damaged file must not hide what the others are
+            state, reason = "failed", str(error)
+        except (OSError, ValueError, KeyError) as error:
+            state, reason = "failed", f"{type(error).__name__}: {error}"
         if stage in failures:
             kept = "; the former result is kept" if state in {"done", "empty", "stale"} else ""
             state, reason = "failed", f"{failures[stage]['reason']}{kept}"
-        elif before and state in {"done", "empty"}:
-            state, reason = "stale", f"its {before[-1]} are {states[before[-1]]}"
-        elif state == "missing" and any(
-            states[s] in {"failed", "missing", "not due"} for s in _MADE_FROM[stage]
-        ):
-            state, reason = "not due", f"its {_MADE_FROM[stage][-1]} are not done"
-        states[stage] = state
-        yield StageState(folder.slide_id, stage, state, reason)
+        states[stage], reason = with_what_precedes(stage, state, reason, states)
+        told.append(StageState(look.slide_id, stage, states[stage], reason))
+    return told
 
 
-_Found = tuple[Stage, State, str | None]
+_Found = tuple[State, str | None]
 
 _MADE_FROM: dict[Stage, tuple[Stage, ...]] = {
     "slides": (),
     "tiles": ("slides",),
     "features": ("tiles",),
     "clusters": ("features",),
+    "slide_clusters": ("features",),
     "labels": ("tiles",),
+    "annotations": ("clusters",),
 }
 
 
-def _told(stage: Stage, look: Callable[[], _Found]) -> _Found:
-    """One slide's damaged file must not hide what the others are."""
-    try:
-        return look()
-    except StoreError as error:
-        return stage, "failed", str(error)
+def with_what_precedes(
+    stage: Stage, state: State, reason: str | None, states: dict[Stage, State]
+) -> _Found:
+    """A stage is only as good as the ones it is made from.
+
+    Args:
+        stage: The stage.
+        state: What its own files say.
+        reason: Why.
+        states: Of the stages that precede it.
+    """
+    before = [s for s in _MADE_FROM[stage] if states[s] in {"failed", "stale"}]
+    if before and state in {"done", "empty"}:
+        return "stale", f"its {before[-1]} are {states[before[-1]]}"
+    if state == "missing" and any(
+        states[s] in {"failed", "missing", "not due"} for s in _MADE_FROM[stage]
+    ):
+        return "not due", f"its {_MADE_FROM[stage][-1]} are not done"
+    return state, reason
 
 
-def _slides(folder: SlideFolder, entry: Entry | None) -> _Found:
-    description = read_description(folder)
+def _slides(look: SlideLook) -> _Found:
+    description, entry = look.description, look.entry
     if description is None:
         if entry is not None:
-            return "slides", "missing", None
-        return "slides", "input", "tiles made by another program"
+            return "missing", None
+        return "input", "tiles made by another program"
     path = Path(entry.path if entry is not None else description.path)
     # A folder of slides that is not mounted takes nothing away.
     if path.exists() and signature(path) != (description.size, description.mtime_ns):
-        return "slides", "stale", f"{path} has changed"
-    return "slides", "done", None
+        return "stale", f"{path} has changed"
+    return "done", None
 
 
-def _tiles(store: Store, folder: SlideFolder, tiling: TilingSettings | None) -> _Found:
-    stamp = folder.stamp("tiles")
-    description = read_description(folder)
+def _tiles(look: SlideLook, asked: Asked) -> _Found:
+    stamp = look.folder.stamp("tiles")
     if stamp is None:
-        made = folder.is_foreign("tiles") or tile_source(store, folder.slide_id) is not None
-        return ("tiles", "input", None) if made else ("tiles", "missing", None)
-    if description is not None and tiling is not None:
-        expected = tiles_stamp(description, tiling)
+        made = look.folder.is_foreign("tiles") or look.source is not None
+        return ("input", None) if made else ("missing", None)
+    if look.description is not None and asked.tiling is not None:
+        expected = tiles_stamp(look.description, asked.tiling)
         if stamp.fingerprint != expected.fingerprint:
-            return "tiles", "stale", _what_changed(stamp, expected)
-    return _done("tiles", stamp)
+            return "stale", _what_changed(stamp, expected)
+    return _done(stamp)
 
 
-def _features(store: Store, folder: SlideFolder, encoder: EncoderSettings | None) -> _Found:
-    stamp = folder.stamp("features")
+def _features(look: SlideLook, asked: Asked) -> _Found:
+    stamp = look.folder.stamp("features")
     if stamp is None:
-        return "features", "input" if folder.is_foreign("features") else "missing", None
-    source = tile_source(store, folder.slide_id)
-    if source is not None and stamp.made_from["tiles"] != source.upstream():
-        return "features", "stale", "the tiles have changed"
-    if encoder is not None and not made_by(stamp, encoder):
-        return "features", "stale", f"made by {stamp.result['encoder']} with other settings"
-    return _done("features", stamp)
+        return "input" if look.folder.is_foreign("features") else "missing", None
+    if look.source is not None and stamp.made_from["tiles"] != look.source.upstream():
+        return "stale", "the tiles have changed"
+    if asked.encoder is not None and not made_by(stamp, asked.encoder):
+        return "stale", f"made by {stamp.result['encoder']} with other settings"
+    return _done(stamp)
 
 
-def _clusters(folder: SlideFolder, model: ClusterModel | None) -> _Found:
-    stamp = folder.stamp("clusters")
+def _clusters(look: SlideLook, asked: Asked) -> _Found:
+    stamp, model = look.folder.stamp("clusters"), asked.model
     if stamp is None:
-        if folder.is_foreign("clusters"):
-            return "clusters", "input", None
+        if look.folder.is_foreign("clusters"):
+            return "input", None
         if model is None:
-            return "clusters", "not due", "no cluster model has been fitted yet"
-        return "clusters", "missing", None
-    features = feature_file(folder)
+            return "not due", "no cluster model has been fitted yet"
+        return "missing", None
     if model is not None and stamp.made_from["model"] != model.version:
-        return "clusters", "stale", f"of model {stamp.made_from['model']}, not {model.version}"
-    if features is not None and model is not None:
-        expected = clusters_stamp(features, model)
+        return "stale", f"of model {stamp.made_from['model']}, not {model.version}"
+    if look.features is not None and model is not None:
+        expected = clusters_stamp(look.features, model)
         if expected.fingerprint != stamp.fingerprint:
-            return "clusters", "stale", "the features have changed"
-    return _done("clusters", stamp)
+            return "stale", "the features have changed"
+    return _done(stamp)
 
 
-def _labels(
-    store: Store,
-    folder: SlideFolder,
-    annotations: Path | None,
-    annotated: bool,  # noqa: FBT001 - private
-) -> _Found:
-    stamp = folder.stamp("labels")
-    source = tile_source(store, folder.slide_id)
+def _slide_clusters(look: SlideLook) -> _Found:
+    stamp = look.folder.stamp("slide_clusters")
     if stamp is None:
-        if not annotated:
-            return "labels", "not due", "no annotation"
-        return "labels", "missing", None
-    if source is None:
-        return _done("labels", stamp)
-    if stamp.made_from["tiles"] != grid_fingerprint(source):
-        return "labels", "stale", "the tiles have changed"
-    if annotated:
-        try:
-            annotation = find_annotation(store, annotations, folder.slide_id)
-        except LabelError as error:
-            return "labels", "failed", str(error)
-        if annotation and labels_stamp(source, annotation).fingerprint != stamp.fingerprint:
-            return "labels", "stale", "the annotation has changed"
-    elif annotations is not None:
-        return "labels", "stale", "the annotation is gone"
-    return _done("labels", stamp)
+        return "input" if look.folder.is_foreign("slide_clusters") else "missing", None
+    if look.features is not None and stamp.made_from["features"] != look.features.fingerprint:
+        return "stale", "the features have changed"
+    return _done(stamp)
 
 
-def _done(stage: Stage, stamp: Stamp) -> _Found:
+def _labels(look: SlideLook, asked: Asked) -> _Found:
+    stamp, said = look.folder.stamp("labels"), asked.annotations
+    if stamp is None:
+        if said is None or said.signature(look.slide_id) is None:
+            return "not due", "no annotation"
+        return "missing", None
+    if look.source is not None and said is not None:
+        reason = why_due(look.folder, look.source, said, asked.labels)
+        if reason is not None:
+            return "stale", reason
+    return _done(stamp)
+
+
+def _annotations(look: SlideLook, asked: Asked) -> _Found:
+    if look.folder.is_foreign("annotations"):
+        return "input", None
+    clusters = look.folder.stamp("clusters")
+    return annotations_state(
+        look.folder.stamp("annotations"),
+        None if clusters is None else clusters.fingerprint,
+        asked.cluster_labels,
+    )
+
+
+def annotations_state(
+    stamp: Stamp | None, clusters: str | None, labels: ClusterLabels | None
+) -> _Found:
+    """Tell whether a slide's annotation by cluster says what its clusters mean now.
+
+    Args:
+        stamp: Of the annotation, if there is one.
+        clusters: Fingerprint of the slide's clusters, if there are any.
+        labels: What clusters mean; None if that is not known.
+    """
+    if stamp is None:
+        if labels is None:
+            return "not due", "what clusters mean is not known"
+        return "missing", None
+    if stamp.made_from["clusters"] != clusters:
+        return "stale", "the clusters have changed"
+    if labels is None:
+        return "stale", "what clusters mean is not known any more"
+    known = (labels.fingerprint, ANNOTATIONS_ALGORITHM)
+    if (stamp.made_from["cluster_labels"], stamp.algorithm) != known:
+        return "stale", "what clusters mean has changed"
+    return _done(stamp)
+
+
+def _done(stamp: Stamp) -> _Found:
     if stamp.result.get("tiles") == 0:
-        return stage, "empty", stamp.result.get("reason") or "no tiles"
-    return stage, "done", None
+        return "empty", stamp.result.get("reason") or "no tiles"
+    return "done", None
 
 
 def _what_changed(stamp: Stamp, expected: Stamp) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import duckdb
 import pyarrow as pa
 
@@ -34,18 +37,8 @@ def run_sql(store: Store, query: str) -> pa.Table:
     Raises:
         StoreError: There is no catalog yet, or the query fails; the message is DuckDB's.
     """
-    if not store.catalog_path.exists():
-        raise StoreError(
-            f"{store.catalog_path}: there is no catalog yet. It is written by `histoencoder "
-            "cluster`, and by the asset 'catalog'."
-        )
-    path = str(store.catalog_path).replace("'", "''")
     try:
-        # Connections of a process to one file share its settings and its contents, even after the
-        # file was replaced; a database in memory is nobody else's.
-        with duckdb.connect(":memory:") as connection:
-            connection.execute(f"ATTACH '{path}' AS catalog (READ_ONLY)")
-            connection.execute("USE catalog")
+        with attached(store) as connection:
             for setting in SETTINGS:
                 connection.execute(f"SET {setting}")
             answer = connection.sql(query)
@@ -53,3 +46,25 @@ def run_sql(store: Store, query: str) -> pa.Table:
             return pa.table({}) if answer is None else answer.to_arrow_table()
     except duckdb.Error as error:
         raise StoreError(f"The query failed. {error}") from error
+
+
+@contextlib.contextmanager
+def attached(store: Store) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A connection that reads the published catalog, and is closed in the end.
+
+    Raises:
+        StoreError: There is no catalog yet.
+        duckdb.Error: It is damaged.
+    """
+    if not store.catalog_path.exists():
+        raise StoreError(
+            f"{store.catalog_path}: there is no catalog yet. It is written by `histoencoder "
+            "cluster`, and by the asset 'catalog'."
+        )
+    path = str(store.catalog_path).replace("'", "''")
+    # Connections of a process to one file share its settings and its contents, even after the file
+    # was replaced; a database in memory is nobody else's.
+    with duckdb.connect(":memory:") as connection:
+        connection.execute(f"ATTACH '{path}' AS catalog (READ_ONLY)")
+        connection.execute("USE catalog")
+        yield connection

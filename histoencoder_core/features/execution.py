@@ -58,27 +58,32 @@ def choose_execution(
     Raises:
         SettingsError: There is no such GPU, or the device can't do what is asked.
     """
-    on_gpu = _on_gpu(device)
-    chosen: Backend = ("compile" if on_gpu else "openvino") if backend == "auto" else backend
-    if on_gpu and chosen == "openvino":
+    gpu = on_gpu(device)
+    chosen: Backend = ("compile" if gpu else "openvino") if backend == "auto" else backend
+    if gpu and chosen == "openvino":
         raise SettingsError("The backend openvino is for CPUs; on a GPU choose compile or eager.")
     precision = encoder.settings.precision
     if precision == "auto":
-        precision = _gpu_precision(encoder) if on_gpu else "float32"
-    elif precision == "float16" and not on_gpu:
+        precision = _gpu_precision(encoder) if gpu else "float32"
+    elif precision == "float16" and not gpu:
         raise SettingsError(
             "float16 arithmetic needs a GPU. Choose float32 or bfloat16; to store features as "
             "float16 set dtype (--float16)."
         )
     return Execution(
-        device=("cuda" if device == "auto" else device) if on_gpu else "cpu",
+        device=("cuda" if device == "auto" else device) if gpu else "cpu",
         backend=chosen,
         precision=precision,
-        batch_size=batch_size or (GPU_BATCH if on_gpu else CPU_BATCH),
+        batch_size=batch_size or (GPU_BATCH if gpu else CPU_BATCH),
     )
 
 
-def _on_gpu(device: str) -> bool:
+def on_gpu(device: str) -> bool:
+    """Whether a device is a GPU; ``auto`` is one where there is one.
+
+    Raises:
+        SettingsError: There is no such GPU.
+    """
     if device in {"auto", "cpu"}:
         return device == "auto" and torch.cuda.is_available()
     if not torch.cuda.is_available():

@@ -7,6 +7,7 @@ reached when Pillow sniffs content. Every image is therefore decoded as one name
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -21,6 +22,12 @@ MAX_PIXELS = 20_000 * 20_000
 
 _DEEP_MODES = ("I", "F")
 """What Pillow's modes of more than 8 bits a channel begin with; it clips them to white."""
+
+_TILE_WIDTH, _COMPRESSION = 322, 259
+"""TIFF tags."""
+
+_LOSSY = {6, 7, 33003, 33004, 33005, 34712, 50001}
+"""TIFF compressions that change pixels, or may: JPEG, JPEG 2000, WebP."""
 
 _DAMAGES = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 """What Pillow raises for files that are damaged."""
@@ -46,11 +53,7 @@ def read_image(path: Path) -> np.ndarray:
         content = io.BytesIO(path.read_bytes())
         with Image.open(content, formats=[image_format]) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise SlideError(
-                    f"{path}: {image.width} × {image.height} pixels is more than is decoded whole; "
-                    "convert it to a tiled, pyramidal TIFF.",
-                    kind="unsupported",
-                )
+                raise _too_large(path, image)
             if image.mode.startswith(_DEEP_MODES):
                 raise SlideError(
                     f"{path}: its pixels have more than 8 bits (mode {image.mode}), and which of "
@@ -62,8 +65,58 @@ def read_image(path: Path) -> np.ndarray:
         raise _unreadable(path, image_format, error) from error
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """Read an image's width and height from its header, without decoding it.
+def read_values(path: Path) -> np.ndarray:
+    """Decode an image whose pixels are numbers, such as those of classes, as they are stored.
+
+    Args:
+        path: A PNG or TIFF; of a palette, the indices are given.
+
+    Returns:
+        Integer array of shape (height, width) or (height, width, channels).
+
+    Raises:
+        SlideError: The suffix is none of those read here, the pixels are no integers or too many
+            to be decoded whole, or the content is damaged or of another format.
+    """
+    image_format = _format_of(path)
+    try:
+        content = io.BytesIO(path.read_bytes())
+        with Image.open(content, formats=[image_format]) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise _too_large(path, image)
+            values = np.asarray(image)
+    except _DAMAGES as error:
+        raise _unreadable(path, image_format, error) from error
+    if values.dtype == bool:
+        return values.astype(np.uint8)
+    if not np.issubdtype(values.dtype, np.integer):
+        raise SlideError(
+            f"{path}: its pixels are of type {values.dtype}, not whole numbers.", kind="unsupported"
+        )
+    return values
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an image's header tells.
+
+    Attributes:
+        width: Width in pixels.
+        height: Height in pixels.
+        mode: Pillow's name of the pixels' form.
+        tiled: Whether it is a TIFF in tiles, which can be read in parts.
+        lossy: Whether its compression changes pixels, or may.
+    """
+
+    width: int
+    height: int
+    mode: str
+    tiled: bool
+    lossy: bool
+
+
+def read_header(path: Path) -> Header:
+    """Read an image's header, without decoding its pixels.
 
     Raises:
         SlideError: The suffix is none of those read here, or the header is damaged or of another
@@ -72,9 +125,21 @@ def image_size(path: Path) -> tuple[int, int]:
     image_format = _format_of(path)
     try:
         with path.open("rb") as file, Image.open(file, formats=[image_format]) as image:
-            return image.width, image.height
+            tags = image.tag_v2 if image_format == "TIFF" else {}
+            lossy = image_format == "JPEG" or tags.get(_COMPRESSION) in _LOSSY
+            return Header(image.width, image.height, image.mode, _TILE_WIDTH in tags, lossy)
     except _DAMAGES as error:
         raise _unreadable(path, image_format, error) from error
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Read an image's width and height from its header, without decoding it.
+
+    Raises:
+        SlideError: As for `read_header`.
+    """
+    header = read_header(path)
+    return header.width, header.height
 
 
 def _format_of(path: Path) -> str:
@@ -86,6 +151,14 @@ def _format_of(path: Path) -> str:
             kind="unsupported",
         )
     return image_format
+
+
+def _too_large(path: Path, image: Image.Image) -> SlideError:
+    return SlideError(
+        f"{path}: {image.width} × {image.height} pixels is more than is decoded whole; convert it "
+        "to a tiled, pyramidal TIFF.",
+        kind="unsupported",
+    )
 
 
 def _unreadable(path: Path, image_format: str, error: BaseException) -> SlideError:

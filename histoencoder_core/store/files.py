@@ -59,10 +59,11 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON atomically, readable by people."""
+def write_json(path: Path, content: Any, *, indent: int | None = 2) -> None:
+    """Write JSON atomically, readable by people unless `indent` is None."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        text = json.dumps(content, indent=indent, ensure_ascii=False)
+        temporary.write_text(f"{text}\n", "utf-8")
 
 
 def read_json(path: Path) -> Any:

@@ -101,6 +101,17 @@ class SlideFolder:
             files.remove(room)
         self.clear_failure(stage)
 
+    def withdraw(self, stage: Stage) -> None:
+        """Take a stage's output away: what it was made from is gone.
+
+        It is kept under ``versions/<fingerprint>/``, from where `fetch` brings it back. What
+        another program made is left alone.
+        """
+        if self.stamp(stage) is not None:
+            self._retire(stage, successor=None)
+            files.remove(self.record(stage))
+        self.clear_failure(stage)
+
     def versions(self) -> list[tuple[Stamp, Path]]:
         """Outputs made with other settings, with the folders that keep them."""
         found = []
@@ -208,6 +219,21 @@ def _print_of(path: Path) -> str | None:
     return read_comment(path)
 
 
+def _encodings(schema: pa.Schema) -> dict[str, list[str]]:
+    """How columns are encoded: numbers of features never repeat, so a dictionary only costs.
+
+    With their bytes apart they are a seventh smaller than as they are, and read twice as fast as
+    from a dictionary.
+    """
+    lists = {f.name: f.type.value_type for f in schema if pa.types.is_fixed_size_list(f.type)}
+    return {
+        "use_dictionary": [name for name in schema.names if name not in lists],
+        "use_byte_stream_split": [
+            f"{name}.list.element" for name, kind in lists.items() if pa.types.is_float32(kind)
+        ],
+    }
+
+
 class StageWriter:
     """Writes one stage's files into a waiting room inside the slide's folder."""
 
@@ -218,7 +244,13 @@ class StageWriter:
     def table(self, table: pa.Table, stamp: Stamp) -> None:
         """Write the stage's record as a parquet file."""
         path = self._room / layout.RECORD[self._stage]
-        pq.write_table(stamp.on_table(table), path, compression="zstd", row_group_size=ROW_GROUP)
+        pq.write_table(
+            stamp.on_table(table),
+            path,
+            compression="zstd",
+            row_group_size=ROW_GROUP,
+            **_encodings(table.schema),
+        )
         files.flush(path)
 
     def json(self, content: dict[str, Any], stamp: Stamp) -> None:
@@ -228,7 +260,8 @@ class StageWriter:
     def geojson(self, name: str, features: list[dict[str, Any]], stamp: Stamp) -> None:
         """Write a companion as a stamped GeoJSON FeatureCollection."""
         content = {"type": "FeatureCollection", "features": features}
-        files.write_json(self._room / name, stamp.in_json(content))
+        # On a slide of many tiles, a line for each number would make it several times as large.
+        files.write_json(self._room / name, stamp.in_json(content), indent=None)
 
     def image(self, name: str, pixels: np.ndarray, stamp: Stamp) -> None:
         """Write an uint8 array of shape (height, width[, 3]) as a stamped JPEG."""

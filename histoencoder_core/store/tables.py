@@ -216,6 +216,11 @@ def cluster_column(k: int) -> str:
     return f"n_clusters={k}"
 
 
+def distance_column(k: int) -> str:
+    """Our name of the column of distances to the centroids of K clusters."""
+    return f"distance={k}"
+
+
 def _schema(path: Path) -> pa.Schema:
     try:
         return pq.read_schema(path)

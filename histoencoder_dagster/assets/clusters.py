@@ -29,7 +29,13 @@ def cluster_model(
     """
     store, settings = platform.store, platform.settings
     inputs = feature_files(store, encoder=settings.encoder)
-    model, fitted = ensure_model(store, inputs, settings.clusters)
+    model, fitted = ensure_model(
+        store,
+        inputs,
+        settings.clusters,
+        memory_gb=settings.cluster_memory_gb,
+        device=settings.device,
+    )
     result = model.stamp.result
     left_out = sorted(set(settings.clusters.n_clusters) - set(result["n_clusters"]))
     if left_out:

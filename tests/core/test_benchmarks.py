@@ -186,3 +186,20 @@ def test_backends_prints_what_was_asked_for() -> None:
     assert line["backend"] == "eager"
     assert line["difference"] < 1e-4
     assert line["batch_difference"] < 1e-4
+
+
+# --- similar.py
+
+
+@pytest.mark.slow
+def test_similar_prints_its_measures(tmp_path: Path) -> None:
+    options = ("--tiles", "2000", "--length", "32", "--repeat", "1", "--queries", "3")
+    lines = lines_of("similar.py", *options, "--folder", str(tmp_path))
+    assert [line["measure"] for line in lines] == [
+        "exact", "search", "duckdb", "index_make", "index", "index_add"
+    ]  # fmt: skip
+    for line in lines:
+        assert (line["tiles"], line["slides"], line["length"]) == (2310, 6, 32)
+        assert line.get("median", line.get("seconds")) > 0
+    assert lines[4]["recall"]["mean"] > 0.9
+    assert not [*tmp_path.iterdir()]

@@ -26,12 +26,13 @@ from histoencoder_core.clusters import (
     assign_slide,
     current_model,
     feature_files,
-    fit,
     fit_clusters,
     load_model,
     model_versions,
+    reading,
     save_model,
 )
+from histoencoder_core.clusters.reading import Reader
 from histoencoder_core.cohort import build_catalog, run_sql, slide_states
 from histoencoder_core.errors import ClusterError, StoreError
 from histoencoder_core.settings import ClusterSettings
@@ -315,32 +316,45 @@ def inputs_of(store: Store, *sizes: int) -> list[FeatureFile]:
     ],
 )
 def test_share(counts: list[int], wanted: int, share: int) -> None:
-    assert fit._share(counts, wanted) == share
+    assert reading.share_of(counts, wanted) == share
 
 
-def test_sample_is_even_over_slides(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = fit.iter_features
-    monkeypatch.setattr(fit, "iter_features", lambda path: read(path, batch_rows=7))
+def drawn(inputs: list[FeatureFile], size: int, *, rows: int = 7, seed: int = 0) -> Floats:
+    sample, tiles = reading.draw_sample(inputs, Reader(2, 3, rows), seed=seed, size=size)
+    assert tiles == sum(file.tiles for file in inputs)
+    return sample
+
+
+@pytest.mark.parametrize("rows", [7, 100])
+def test_sample_is_even_over_slides(store: Store, rows: int) -> None:
     inputs = inputs_of(store, 5, 0, 100, 60)
-    settings = ClusterSettings(n_clusters=(2,), sample_size=45)
-    sample = fit._sample(inputs, [5, 0, 100, 60], settings, at_least=2)
+    sample = drawn(inputs, 45, rows=rows)
     assert np.bincount(sample[:, 0].astype(int)).tolist() == [5, 0, 20, 20]
     assert len(np.unique(sample, axis=0)) == len(sample)
     # Not the first ones of a slide, nor the same rows of each.
     of_slide = [set(sample[sample[:, 0] == i, 1].astype(int).tolist()) for i in (2, 3)]
     assert max(of_slide[0]) > 60
     assert of_slide[0] != of_slide[1]
-    at_least = fit._sample(inputs, [5, 0, 100, 60], settings, at_least=120)
-    assert len(at_least) >= 120
+    assert len(drawn(inputs, 120, rows=rows)) >= 120
+    np.testing.assert_array_equal(drawn(inputs, 45, rows=5), sample)
+    assert not np.array_equal(drawn(inputs, 45, seed=1), sample)
 
 
 def test_a_slides_sample_is_its_own(store: Store) -> None:
     inputs = inputs_of(store, 30, 30, 30)
-    settings = ClusterSettings(n_clusters=(2,), sample_size=15)
-    drawn = fit._sample(inputs, [30, 30, 30], settings, at_least=2)
-    fewer = settings.model_copy(update={"sample_size": 5})
-    alone = fit._sample(inputs[2:], [30], fewer, at_least=2)
-    np.testing.assert_array_equal(alone, drawn[drawn[:, 0] == 2])
+    all_three = drawn(inputs, 15)
+    np.testing.assert_array_equal(drawn(inputs[2:], 5), all_three[all_three[:, 0] == 2])
+
+
+def test_unreadable_tiles_are_not_drawn(store: Store) -> None:
+    features = np.arange(80, dtype=np.float32).reshape(40, 2)
+    write_features(store, "a", features, unreadable=range(35))
+    write_features(store, "b", features)
+    sample, tiles = reading.draw_sample(feature_files(store), Reader(1, 1, 9), seed=0, size=30)
+    # Five of a, so that b gives the other 25.
+    assert (len(sample), tiles) == (30, 45)
+    np.testing.assert_array_equal(sample[:5], features[35:])
+    assert len(np.unique(sample[5:], axis=0)) == 25
 
 
 def test_unreadable_slides_leave_their_share_to_others(store: Store) -> None:
@@ -350,28 +364,36 @@ def test_unreadable_slides_leave_their_share_to_others(store: Store) -> None:
     assert list(model.centroids) == [20]
 
 
+def batched(inputs: list[FeatureFile], size: int, number: int | None = 0) -> list[Floats]:
+    buffer = np.empty((3 * size, 2), np.float32)
+    rng = None if number is None else np.random.default_rng(number)
+    given = reading.batches(inputs, Reader(2, 2, 50), size=size, buffer=buffer, rng=rng)
+    return [batch.copy() for batch in given]
+
+
 def test_batches_hold_every_tile_once(store: Store) -> None:
     inputs = inputs_of(store, 130, 3, 40)
-    settings = ClusterSettings(n_clusters=(2,), batch_size=20)
-    batches = list(fit._batches(inputs, settings, 0, at_least=2))
+    batches = batched(inputs, 20)
     assert {len(batch) for batch in batches[:-1]} == {20}
     assert 20 <= len(batches[-1]) < 40
     rows = np.concatenate(batches)
     assert len(np.unique(rows, axis=0)) == len(rows) == 173
-    again = np.concatenate(list(fit._batches(inputs, settings, 0, at_least=2)))
+    again = np.concatenate(batched(inputs, 20))
     np.testing.assert_array_equal(again, rows)
-    later = np.concatenate(list(fit._batches(inputs, settings, 1, at_least=2)))
+    later = np.concatenate(batched(inputs, 20, number=1))
     assert not np.array_equal(later, rows)
     np.testing.assert_array_equal(np.unique(later, axis=0), np.unique(rows, axis=0))
+    in_order = np.concatenate(batched(inputs, 20, number=None))
+    np.testing.assert_array_equal(np.unique(in_order, axis=0), np.unique(rows, axis=0))
 
 
-@pytest.mark.parametrize("at_least", [1, 64, 100, 173])
-def test_no_batch_is_smaller_than_k(store: Store, at_least: int) -> None:
+@pytest.mark.parametrize("at_least", [10, 64, 100, 173])
+def test_no_batch_is_smaller_than_asked(store: Store, at_least: int) -> None:
     inputs = inputs_of(store, 130, 3, 40)
-    settings = ClusterSettings(n_clusters=(2,), batch_size=10)
-    sizes = [len(batch) for batch in fit._batches(inputs, settings, 0, at_least=at_least)]
-    assert min(sizes) >= at_least
-    assert sum(sizes) == 173
+    for number in (0, None):
+        sizes = [len(batch) for batch in batched(inputs, at_least, number)]
+        assert min(sizes) >= at_least
+        assert sum(sizes) == 173
 
 
 # Assigning slides --------------------------------------------------------------------------------
@@ -398,11 +420,15 @@ def test_clusters_table(store: Store) -> None:
     model = cluster(store, n_clusters=(2, 3))
     assign_slide(store.slide("a"), model)
     table = read_table(store.slide("a").record("clusters"))
-    names = ["tile", "x", "y", "w", "h", "n_clusters=2", "n_clusters=3", "model"]
+    names = [
+        *("tile", "x", "y", "w", "h"),
+        *("n_clusters=2", "distance=2", "n_clusters=3", "distance=3", "model"),
+    ]
     assert table.column_names == names
     assert table.select(names[:5]).to_pydict() == keys_for(30).to_pydict()
     assert set(table.column("model").to_pylist()) == {model.version}
     assert table.schema.field("n_clusters=2").type == pa.int32()
+    assert table.schema.field("distance=2").type == pa.float32()
 
 
 def test_unreadable_tiles_have_no_cluster(store: Store) -> None:

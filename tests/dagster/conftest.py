@@ -25,7 +25,10 @@ from histoencoder_dagster.definitions import platform_definitions
 from histoencoder_dagster.partitions import SLIDES
 from histoencoder_dagster.sensors import RANGE_END, RANGE_START, contiguous_batches
 
-STAGES = ("slides", "tiles", "features", "clusters", "labels")
+STAGES = ("slides", "tiles", "features", "clusters", "labels", "annotations")
+COHORT = (
+    "catalog", "cluster_statistics", "cluster_purity", "cluster_labels", "annotation_accuracy",
+)  # fmt: skip
 QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 
 
@@ -150,7 +153,7 @@ class Deployment:
             self.run(stage)
         self.run("cluster_model")
         self.run("clusters")
-        self.run("catalog", "cluster_purity")
+        self.run(*COHORT)
 
     # Ticks
 
@@ -198,7 +201,7 @@ class Deployment:
         for stage in (stage for stage in STAGES if stage in due):
             for batch in contiguous_batches(due[stage], order, size=size):
                 self.run(stage, slides=batch)
-        cohort = [name for name in ("catalog", "cluster_purity") if name in due]
+        cohort = [name for name in COHORT if name in due]
         if cohort and due.keys().isdisjoint(STAGES):  # else it is due again in the next tick
             self.run(*cohort)
 

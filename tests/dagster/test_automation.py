@@ -2,9 +2,15 @@
 
 import pytest
 
-from histoencoder_core.settings import TilingSettings
+from histoencoder_core.settings import AnnotationSettings, TilingSettings
 
-COHORT = {"catalog": {None}, "cluster_purity": {None}}
+COHORT = {
+    "catalog": {None},
+    "cluster_statistics": {None},
+    "cluster_purity": {None},
+    "cluster_labels": {None},
+    "annotation_accuracy": {None},
+}
 
 
 @pytest.fixture
@@ -125,13 +131,57 @@ def test_labels_refresh_the_cohort(watched):
     assert watched.due() == COHORT
 
 
+def annotated(due):
+    return [slides["annotations"] for slides in due if "annotations" in slides]
+
+
+def test_slides_are_annotated_when_clusters_mean_something_else_and_only_then(watched):
+    watched.change(annotate=AnnotationSettings(n_clusters=2, min_purity=0.5, min_labelled=1))
+    with_model(watched, "a", "b", "c")
+    folder = watched.settings.annotations_folder
+    folder.mkdir()
+    table = folder / "labels.csv"
+    table.write_text("slide,label\na,tumour\n")
+    watched.run("labels", slides=["a"])
+    assert annotated(watched.follow()) == [{"a", "b", "c"}]
+    assert watched.metadata("cluster_labels")["clusters_with_a_label"] > 0
+    made = len(watched.events("cluster_labels"))
+    table.write_text("slide,label\na,tumour\nb,tumour\n")
+    watched.run("labels", slides=["b"])
+    assert annotated(watched.follow()) == [], "clusters mean what they meant"
+    assert len(watched.events("cluster_labels")) == made
+    watched.drop("d")
+    watched.register()
+    watched.run("slides", slides=["d"])
+    assert annotated(watched.follow()) == [{"d"}]
+    table.write_text("slide,label\na,benign\nb,benign\n")
+    watched.run("labels", slides=["a", "b"])
+    assert annotated(watched.follow()) == [{"a", "b", "c", "d"}]
+
+
+def test_a_pathologists_table_of_cluster_labels_annotates_all_slides(watched):
+    with_model(watched, "a", "b", "c")
+    model = watched.metadata("cluster_model")["version"]
+    assert watched.run_requests(watched.tick("edited_cluster_labels"), "name_clusters") == []
+    table = watched.store.cluster_labels_csv
+    table.write_text(f"model,k,cluster,label\n{model},2,0,stroma\n{model},2,1,\n")
+    [run] = watched.run_requests(watched.tick("edited_cluster_labels"), "name_clusters")
+    assert run.success
+    assert watched.run_requests(watched.tick("edited_cluster_labels"), "name_clusters") == []
+    assert annotated(watched.follow()) == [{"a", "b", "c"}]
+    assert watched.metadata("annotations", "a")["source"] == "edited"
+    table.write_text(f"model,k,cluster,label\n{model},2,7,stroma\n")
+    [run] = watched.run_requests(watched.tick("edited_cluster_labels"), "name_clusters")
+    assert not run.success, "there is no cluster 7"
+
+
 def test_what_comes_while_the_catalog_is_built_is_not_lost(watched):
     """The catalog read the store before the second slide was there, and was recorded after it."""
     watched.add("a", "b")
     watched.run("slides")
     assert COHORT.items() <= watched.due().items()
     watched.run("tiles", slides=["a"])
-    watched.run("catalog", "cluster_purity")
+    watched.run(*COHORT)
     assert COHORT.items() <= watched.due().items()
     watched.run("tiles", slides=["b"])
     assert COHORT.items() <= watched.due().items()
@@ -156,7 +206,7 @@ def test_the_purity_runs_with_its_catalog_and_not_once_more(watched):
     watched.run("slides")
     due = watched.due()
     assert COHORT.items() <= due.items()
-    watched.run("catalog", "cluster_purity")
+    watched.run(*COHORT)
     assert not COHORT.keys() & watched.due().keys()
 
 
@@ -182,11 +232,11 @@ def test_two_sensors_divide_the_assets_between_them(deployment):
             deployment.defs.get_sensor_def, ("stages_follow_each_other", "cohort_follows_slides")
         )
     )
-    assert slides == {"slides", "tiles", "features", "clusters", "labels"}
+    assert slides == {"slides", "tiles", "features", "clusters", "labels", "annotations"}
     assert cohort == {
+        *COHORT,
         "cluster_model",
-        "catalog",
-        "cluster_purity",
+        "slides_are_like_the_training_slides",
         "tissue_found",
         "features_finite",
         "feature_rows_equal_tile_rows",

@@ -8,9 +8,25 @@ import dagster as dg
 import pytest
 from dagster_k8s.job import get_user_defined_k8s_config
 
-from histoencoder_core.settings import ClusterSettings, EncoderSettings, TilingSettings
+from histoencoder_core.settings import (
+    ClusterSettings,
+    EncoderSettings,
+    LabelSettings,
+    TilingSettings,
+)
 
 REPOSITORY = Path(__file__).parents[2]
+
+FIGURES = (
+    "purity_curve",
+    "heat_map",
+    "montages",
+    "overlays",
+    "composition",
+    "umap_by_label",
+    "umap_by_cluster",
+    "umap_by_slide",
+)
 
 # By name: what it depends on, its group, its pool, whether it is partitioned.
 ASSETS = {
@@ -26,7 +42,13 @@ ASSETS = {
         "cohort",
         False,
     ),
-    "cluster_purity": (["catalog"], "cohort", None, False),
+    "cluster_statistics": (["catalog"], "cohort", "cohort", False),
+    "cluster_purity": (["catalog", "cluster_statistics"], "cohort", None, False),
+    "cluster_labels": (["catalog"], "cohort", "cohort", False),
+    "annotation_accuracy": (["catalog"], "cohort", "cohort", False),
+    "annotations": (["cluster_labels", "clusters"], "slide", None, True),
+    **{name: (["cluster_purity"], "report", None, False) for name in FIGURES},
+    "cohort_report": (["annotation_accuracy", "cluster_purity"], "report", None, False),
 }
 """Of each asset: what it is made from, its group, its pool, and whether slides are partitions."""
 
@@ -35,14 +57,17 @@ CHECKS = {
     "features_finite": "features",
     "feature_rows_equal_tile_rows": "features",
     "clusters_cover_every_tile": "clusters",
+    "slides_are_like_the_training_slides": "clusters",
 }
 
 SENSORS = {
     "new_slides",
     "new_annotations",
     "first_cluster_model",
+    "edited_cluster_labels",
     "stages_follow_each_other",
     "cohort_follows_slides",
+    "report_follows_cohort",
 }
 
 
@@ -77,6 +102,8 @@ def test_checks_sensors_and_jobs_are_these(deployment):
         "label_slides",
         "fit_clusters",
         "refresh_catalog",
+        "name_clusters",
+        "make_report",
     }
 
 
@@ -87,7 +114,7 @@ def test_batches_and_ticks_are_as_long_as_the_deployment_says(deployment):
             policy = node.backfill_policy
             assert (name, policy.max_partitions_per_run) == (name, 7)
     ticks = {sensor.name: sensor.minimum_interval_seconds for sensor in deployment.defs.sensors}
-    assert ticks.pop("cohort_follows_slides") == 160
+    assert ticks.pop("cohort_follows_slides") == ticks.pop("report_follows_cohort") == 160
     assert set(ticks.values()) == {40}
 
 
@@ -118,6 +145,7 @@ def test_each_setting_changes_the_code_version_of_the_stage_it_bears_on(deployme
         ("tiling", TilingSettings(mpp=1.0), "tiles"),
         ("encoder", EncoderSettings(), "features"),
         ("clusters", ClusterSettings(), "cluster_model"),
+        ("labels", LabelSettings(min_share=0.7), "labels"),
     ):
         original = getattr(deployment.settings, setting)
         deployment.change(**{setting: value})

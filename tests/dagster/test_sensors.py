@@ -348,7 +348,77 @@ def test_a_table_of_labels_is_an_annotation_and_a_faulty_one_is_named(tiled):
     assert asked(result) == [("a", "a"), ("c", "c")]
     assert all(run.success for run in tiled.run_requests(result, "label_slides"))
     (folder / "labels.csv").write_text("slide,x,y\na,128,128\n")
+    result = tiled.tick("new_annotations")
+    assert asked(result) == [("a", "a"), ("c", "c")], "their labels came from this table"
+    assert not any(run.success for run in tiled.run_requests(result, "label_slides"))
+    assert "labels.csv: needs the columns" in tiled.folder("a").failures()["labels"]["reason"]
     assert "labels.csv" in tiled.tick("new_annotations").skip_message
+
+
+def test_a_table_that_changes_for_one_slide_labels_that_slide_only(tiled):
+    folder = tiled.settings.annotations_folder
+    folder.mkdir()
+    table = folder / "labels.csv"
+    table.write_text("slide,x,y,label\na,128,128,tumour\nb,128,128,tumour\nc,128,128,stroma\n")
+    tiled.run_requests(tiled.tick("new_annotations"), "label_slides")
+    before = {s: tiled.folder(s).record("labels").stat().st_mtime_ns for s in "abc"}
+    table.write_text("slide,x,y,label\nc,128,128,stroma\na,128,128,tumour\nb,128,128,stroma\n")
+    result = tiled.tick("new_annotations")
+    assert asked(result) == [("b", "b")]
+    tiled.run_requests(result, "label_slides")
+    after = {s: tiled.folder(s).record("labels").stat().st_mtime_ns for s in "abc"}
+    assert {s for s in "abc" if after[s] != before[s]} == {"b"}
+    assert tiled.metadata("labels", "b")["labels"] == {"stroma": 1}
+    table.write_text(table.read_text().replace("a,128,128", "a,128.5,128"))
+    result = tiled.tick("new_annotations")
+    assert asked(result) == [("a", "a")]
+    [run] = tiled.run_requests(result, "label_slides")
+    assert not run.success
+    assert "line 3: x and y must be" in tiled.folder("a").failures()["labels"]["reason"]
+    assert asked(tiled.tick("new_annotations")) == []
+
+
+def test_the_meaning_of_masks_labels_again_where_it_changed(tiled):
+    folder = tiled.settings.annotations_folder
+    folder.mkdir()
+    for slide_id in "ab":
+        Image.new("L", (64, 64), 1).save(folder / f"{slide_id}.png")
+    rules = folder / "masks.yaml"
+    rules.write_text("- {slides: a, labels: {1: tumour}}\n- labels: {1: stroma}\n")
+    result = tiled.tick("new_annotations")
+    assert asked(result) == [("a", "b")]
+    tiled.run_requests(result, "label_slides")
+    assert list(tiled.metadata("labels", "a")["labels"]) == ["tumour"]
+    assert tiled.metadata("labels", "a")["thumbnail_labels"].startswith("![a](data:image/jpeg")
+    rules.write_text("- {slides: a, labels: {1: cancer}}\n- labels: {1: stroma}\n")
+    assert asked(tiled.tick("new_annotations")) == [("a", "a")]
+
+
+def test_an_annotation_taken_away_takes_its_labels_along(tiled):
+    path = annotate(tiled, "b", "tumour")
+    annotate(tiled, "c", "tumour")
+    tiled.run_requests(tiled.tick("new_annotations"), "label_slides")
+    folder = tiled.settings.annotations_folder
+    away = folder.rename(folder.with_name("unmounted"))
+    result = tiled.tick("new_annotations")
+    assert isinstance(result, dg.SkipReason), "a share that is not mounted takes nothing away"
+    assert str(folder) in result.skip_message
+    away.rename(folder)
+    assert asked(tiled.tick("new_annotations")) == []
+    text = path.read_text()
+    path.unlink()
+    result = tiled.tick("new_annotations")
+    assert asked(result) == [("b", "b")]
+    assert all(run.success for run in tiled.run_requests(result, "label_slides"))
+    assert not tiled.folder("b").record("labels").exists()
+    assert tiled.folder("c").record("labels").exists()
+    assert tiled.metadata("labels", "b")["labelled"] == 0
+    assert asked(tiled.tick("new_annotations")) == []
+    path.write_text(text)
+    result = tiled.tick("new_annotations")
+    assert asked(result) == [("b", "b")]
+    tiled.run_requests(result, "label_slides")
+    assert not tiled.metadata("labels", "b")["recomputed"], "it was kept as a version"
 
 
 # First cluster model ------------------------------------------------------------------------------

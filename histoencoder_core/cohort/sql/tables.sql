@@ -1,8 +1,9 @@
 -- The catalog's tables. Rows come from each slide's files; nothing here reads a file itself, so that
--- queries can run with file access off.
+-- queries can run with file access off. Lines between "for each k" and "end" are repeated for each
+-- number of clusters of the current model.
 
 CREATE TABLE slides (
-    slide           VARCHAR PRIMARY KEY,
+    slide           VARCHAR,
     file            VARCHAR,   -- path relative to the folder the slide was found in
     vendor          VARCHAR,
     objective_power DOUBLE,
@@ -17,6 +18,7 @@ CREATE TABLE slides (
     stain           VARCHAR,
     split           VARCHAR,
     tiles           INTEGER,
+    labelled_tiles  INTEGER,
     encoder         VARCHAR,
     untrained       BOOLEAN,   -- random weights are behind this slide's features
     model           VARCHAR    -- version of the cluster model it is assigned with
@@ -36,24 +38,32 @@ CREATE TABLE tiles (
     white_pixels  FLOAT,
     laplacian_std FLOAT,       -- sharpness
     gray_mean     FLOAT,
-    saturation_mean FLOAT
+    saturation_mean FLOAT,
+    label         VARCHAR,     -- what people say of it
+    label_share   FLOAT        -- share of its tissue that the label covers
+    -- for each k
+    , k${k}       ${type}      -- its cluster among K, by the current model
+    -- end
 );
 
-CREATE TABLE clusters (
+CREATE TABLE other_clusters (  -- of another model than the current one, or of another program
+    slide     VARCHAR,
+    tile      VARCHAR,
+    k         INTEGER,
+    cluster   INTEGER,
+    model     VARCHAR,
+    untrained BOOLEAN,
+    label     VARCHAR
+);
+
+-- Nearly everything about clusters is computed from this one. Only clusters of the current model are
+-- counted.
+CREATE TABLE cluster_counts (
     slide   VARCHAR,
-    tile    VARCHAR,
-    k       INTEGER,           -- number of clusters of the model
+    k       INTEGER,
     cluster INTEGER,
-    model   VARCHAR,
-    current BOOLEAN,           -- assigned with the cohort's current model
-    untrained BOOLEAN          -- random weights are behind it
-);
-
-CREATE TABLE labels (
-    slide VARCHAR,
-    tile  VARCHAR,
-    label VARCHAR,
-    share FLOAT                -- share of the tile that the label covers
+    label   VARCHAR,           -- NULL for tiles without a label
+    tiles   INTEGER
 );
 
 CREATE TABLE completeness (
@@ -63,10 +73,61 @@ CREATE TABLE completeness (
     reason VARCHAR
 );
 
-CREATE TABLE model (
+CREATE TABLE model (           -- the current one, if there is one
     version   VARCHAR,
     encoder   VARCHAR,
     untrained BOOLEAN,
     slides    INTEGER,
     tiles     INTEGER
+);
+
+CREATE TABLE models (          -- all that were ever fitted
+    version    VARCHAR,
+    current    BOOLEAN,
+    encoder    VARCHAR,
+    untrained  BOOLEAN,
+    slides     INTEGER,        -- it was fitted on
+    tiles      INTEGER,
+    n_clusters INTEGER[],
+    seed       INTEGER,
+    previous   VARCHAR         -- version whose clusters its own were matched with
+);
+
+CREATE TABLE cluster_matches ( -- which cluster was which before a refit, and how far it moved
+    model            VARCHAR,
+    previous         VARCHAR,
+    k                INTEGER,
+    cluster          INTEGER,
+    previous_cluster INTEGER,
+    moved            DOUBLE,   -- distance of the centroids
+    moved_relative   DOUBLE,
+    same             BOOLEAN
+);
+
+CREATE TABLE slide_distance (  -- does a slide lie where the model was fitted?
+    slide   VARCHAR,
+    k       INTEGER,
+    median  DOUBLE,            -- distance of a tile to its centroid
+    outside DOUBLE             -- share of tiles farther away than 99 % of the tiles fitted on
+);
+
+CREATE SCHEMA internal;
+
+CREATE TABLE internal.sources ( -- what each slide's rows were made from, so that changes are told
+    slide       VARCHAR,
+    files       VARCHAR,       -- see changes.Signature
+    images      VARCHAR,
+    own_tiles   BOOLEAN,       -- see changes.Known
+    path        VARCHAR,
+    clusters    VARCHAR,       -- fingerprint of its clusters
+    counted     VARCHAR,       -- fingerprints of its clusters and labels, if both count
+    annotations VARCHAR        -- stamp of its annotation by cluster
+);
+
+CREATE TABLE internal.state (  -- one row
+    made_for       VARCHAR,    -- fingerprint of all that calls for a new catalog when it changes
+    models         VARCHAR[],  -- versions that are there
+    cluster_labels VARCHAR,    -- fingerprint of what clusters mean
+    statistics     VARCHAR,    -- of the statistics that are there
+    bytes          BIGINT      -- size of the file when it was last written from scratch
 );

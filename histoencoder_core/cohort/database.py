@@ -1,0 +1,106 @@
+"""The catalog's database: made from the SQL files of this package, filled batch by batch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from importlib.resources import files as package_files
+from string import Template
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+
+from histoencoder_core.settings import fingerprint
+
+SCRIPTS = (
+    "tables", "clusters", "statistics", "cluster_purity", "coverage", "cluster_spread",
+    "slide_composition", "agreement",
+)  # fmt: skip
+"""The SQL files that make an empty catalog, in order."""
+
+PER_SLIDE = (
+    "slides", "tiles", "other_clusters", "cluster_counts", "completeness", "slide_distance",
+    "internal.sources",
+)  # fmt: skip
+"""Tables whose rows are of one slide each."""
+
+PER_COHORT = (
+    "model", "models", "cluster_matches", "purity_replicates", "statistics", "internal.state",
+)  # fmt: skip
+"""The other tables that are no result of a query."""
+
+CONFIG: dict[str, Any] = {"memory_limit": "512MB"}
+"""How a catalog is written: with more memory, DuckDB would keep the whole file in it."""
+
+_FOR_EACH_K = re.compile(r"^ *-- for each k\n(.*?)^ *-- end\n", re.MULTILINE | re.DOTALL)
+
+
+def script(name: str, n_clusters: Sequence[int]) -> str:
+    """The text of one of this package's SQL files.
+
+    Args:
+        name: The file's name without its suffix.
+        n_clusters: Numbers of clusters that the parts between ``-- for each k`` and ``-- end`` are
+            repeated for.
+    """
+    text = (package_files("histoencoder_core.cohort") / "sql" / f"{name}.sql").read_text("utf-8")
+
+    def repeated(match: re.Match[str]) -> str:
+        part = Template(match[1])
+        return "".join(part.substitute(_of(k)) for k in n_clusters)
+
+    return _FOR_EACH_K.sub(repeated, text)
+
+
+def _of(k: int) -> dict[str, str]:
+    return {
+        "k": str(k),
+        "type": "UTINYINT" if k <= 2**8 else "USMALLINT",
+        "clusters": ", ".join(f"'cluster_{cluster}'" for cluster in range(k)),
+    }
+
+
+def form() -> str:
+    """Fingerprint of the SQL files: a catalog of another form is written anew."""
+    return fingerprint([script(name, (2,)) for name in (*SCRIPTS, "cluster_counts")])
+
+
+def create(connection: duckdb.DuckDBPyConnection, n_clusters: Sequence[int]) -> None:
+    """Make an empty catalog."""
+    for name in SCRIPTS:
+        connection.execute(script(name, n_clusters))
+
+
+def insert(connection: duckdb.DuckDBPyConnection, table: str, rows: pa.Table) -> None:
+    """Insert rows by the names of their columns; columns they lack are NULL."""
+    connection.register("incoming", rows)
+    names = ", ".join(f'"{name}"' for name in rows.column_names)
+    connection.execute(f"INSERT INTO {table} ({names}) SELECT {names} FROM incoming")  # noqa: S608
+    connection.unregister("incoming")
+
+
+def insert_tiles(
+    connection: duckdb.DuckDBPyConnection, tiles: pa.Table, n_clusters: Sequence[int]
+) -> None:
+    """Insert rows of ``tiles``, and count them."""
+    insert(connection, "tiles", tiles)
+    connection.register("incoming", tiles)
+    connection.execute(script("cluster_counts", n_clusters))
+    connection.unregister("incoming")
+
+
+def remove_slides(connection: duckdb.DuckDBPyConnection, slides: Iterable[str]) -> None:
+    """Remove all rows of some slides."""
+    gone = pa.table({"slide": pa.array(slides, pa.string())})
+    connection.register("gone", gone)
+    for table in PER_SLIDE:
+        connection.execute(f"DELETE FROM {table} WHERE slide IN (SELECT slide FROM gone)")  # noqa: S608
+    connection.unregister("gone")
+
+
+def copy_tables(connection: duckdb.DuckDBPyConnection, source: str) -> None:
+    """Copy the tables of an attached catalog into an empty one of the same form, by slide."""
+    for table in (*PER_SLIDE, *PER_COHORT):
+        order = "ORDER BY slide" if table in PER_SLIDE else ""
+        connection.execute(f"INSERT INTO {table} SELECT * FROM {source}.{table} {order}")  # noqa: S608
