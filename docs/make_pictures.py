@@ -6,6 +6,7 @@ Needs `pip install playwright` and a Chromium at /usr/bin/chromium.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,23 +23,30 @@ PICTURES = DOCS / "pictures"
 DEMO = DOCS.parent / "demo"
 SLIDE = "synthetic-02"
 PORT = 3177
-HEIGHT = 480
+HEIGHT = 380
 _CHROMIUM = [
     "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--disable-quic",
 ]  # fmt: skip
 
 
-def clusters() -> None:
-    """A slide's tiles beside its clusters."""
+def overlay() -> None:
+    """A slide, its clusters, and what they mean, side by side."""
     folder = DEMO / "store" / SLIDE
     parts = []
-    for name in ("thumbnail_tiles.jpeg", "thumbnail_clusters.jpeg"):
+    for name in ("thumbnail.jpeg", "thumbnail_clusters.jpeg", "thumbnail_annotations.jpeg"):
         picture = cv2.imread(str(folder / name))
         width = round(picture.shape[1] * HEIGHT / picture.shape[0])
         parts.append(cv2.resize(picture, (width, HEIGHT), interpolation=cv2.INTER_AREA))
     quality = [cv2.IMWRITE_JPEG_QUALITY, 85]
-    cv2.imwrite(str(PICTURES / "clusters.jpeg"), np.hstack(parts), quality)
+    cv2.imwrite(str(PICTURES / "overlay.jpeg"), np.hstack(parts), quality)
+
+
+def figures() -> None:
+    """The cohort's figures that the README shows."""
+    drawn = DEMO / "store" / "_cohort" / "figures"
+    for name, shown in (("purity_curve_k32", "purity-curve"), ("umap_by_label", "umap")):
+        shutil.copyfile(drawn / f"{name}.png", PICTURES / f"{shown}.png")
 
 
 def asset_graph() -> None:
@@ -51,9 +59,9 @@ def asset_graph() -> None:
         with sync_playwright() as play:
             browser = play.chromium.launch(executable_path="/usr/bin/chromium", args=_CHROMIUM)
             page = browser.new_page(viewport={"width": 2000, "height": 900})
-            # What the last asset is made from is every asset.
+            # What the report is made from is every asset but the figures and annotations.
             page.goto(
-                f"{address}/assets/cluster_purity?view=lineage&lineageScope=upstream&lineageDepth=9"
+                f"{address}/assets/cohort_report?view=lineage&lineageScope=upstream&lineageDepth=9"
             )
             page.wait_for_timeout(15_000)
             page.screenshot(path=PICTURES / "asset-graph.png")
@@ -75,5 +83,6 @@ def _wait(address: str) -> None:
 
 if __name__ == "__main__":
     PICTURES.mkdir(exist_ok=True)
-    clusters()
+    overlay()
+    figures()
     asset_graph()

@@ -79,12 +79,16 @@ def status(input_dir: OptionalStore = None) -> None:
         encoder=deployment.encoder if "encoder" in asked else None,
         model=current_model(store),
         annotations=folder if folder.is_dir() else None,
+        labels=deployment.labels if "labels" in asked else None,
+        annotate=deployment.annotate if "annotate" in asked else None,
         found=find_slides(deployment.slides) if "slides" in asked else (),
     )
     counts = Counter((str(state.stage), str(state.state)) for state in states)
     slides = len({state.slide for state in states})
     table = Table("stage", "expected", *_STATES, box=None)
     for stage in layout.STAGES:
+        if not any(counts[stage, state] for state in _STATES):  # nobody asked for it
+            continue
         numbers = [counts[stage, state] for state in _STATES]
         table.add_row(stage, str(slides), *(str(n) if n else "·" for n in numbers))
     console = Console(soft_wrap=True)

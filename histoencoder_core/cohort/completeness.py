@@ -96,7 +96,7 @@ def slide_states(
         model: The current cluster model; clusters of another are stale.
         annotations: Folder of annotations; if None, labels made from any will do.
         labels: Labels made otherwise are stale; if None, any labels will do.
-        annotate: Which K annotates; the defaults if None.
+        annotate: Which K annotates; the one that did last if None.
         found: Slide files there are; one that was never registered is missing.
 
     Returns:
@@ -127,7 +127,7 @@ def slide_states(
 def known_cluster_labels(store: Store, settings: AnnotationSettings | None) -> ClusterLabels | None:
     """What clusters mean; None if that is not known, or an edited table does not fit."""
     try:
-        return current_cluster_labels(store, settings or AnnotationSettings())
+        return current_cluster_labels(store, settings)
     except (LabelError, SettingsError) as error:
         log.warning("what clusters mean is not known: %s", error)
         return None

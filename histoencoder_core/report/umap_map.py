@@ -105,17 +105,26 @@ class _Map:
 
 
 def umap_by_label(store: Store, k: int | None = None) -> Figure:
-    """Draw the map coloured by label; see `_umap`."""
+    """Draw a map of the tiles by UMAP, coloured by label.
+
+    See `_umap`.
+    """
     return _umap(store, "label", k)
 
 
 def umap_by_cluster(store: Store, k: int | None = None) -> Figure:
-    """Draw the map coloured by cluster; see `_umap`."""
+    """Draw a map of the tiles by UMAP, coloured by cluster.
+
+    See `_umap`.
+    """
     return _umap(store, "cluster", k)
 
 
 def umap_by_slide(store: Store, k: int | None = None) -> Figure:
-    """Draw the map coloured by slide; see `_umap`."""
+    """Draw a map of the tiles by UMAP, coloured by slide.
+
+    See `_umap`.
+    """
     return _umap(store, "slide", k)
 
 

@@ -24,7 +24,7 @@ def _figure_asset(name: str, draw: Callable[[Store], Figure]) -> dg.AssetsDefini
         kinds={"matplotlib"},
         automation_condition=NIGHTLY,
         output_required=False,
-        description=draw.__doc__,
+        description=(draw.__doc__ or "").partition("\n\n")[0],
     )
     def asset(
         context: dg.AssetExecutionContext, platform: dg.ResourceParam[Platform]
