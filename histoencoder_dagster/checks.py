@@ -24,6 +24,9 @@ OUTSIDE = 0.1
 """A slide with a larger share of tiles outside of the training distribution is worth a look; on
 average it is 0.01."""
 
+FEW = 5
+"""So few tiles outside tell nothing: every small cohort has its farthest tiles somewhere."""
+
 _Judge = Callable[[SlideFolder], str | None]
 """Says what is wrong with a slide: nothing if ``""``; None if there is nothing to judge yet."""
 
@@ -113,7 +116,7 @@ def slides_are_like_the_training_slides(
         outside = None if stamp is None else stamp.result.get("outside")
         if stamp is None or outside is None:
             return None
-        if outside <= OUTSIDE:
+        if outside <= OUTSIDE or outside * stamp.result["tiles"] < FEW:
             return _FINE
         return (
             f"{outside:.0%} of its tiles are unlike those that cluster model "

@@ -9,8 +9,10 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from histoencoder_core.settings import (
+    AnnotationSettings,
     ClusterSettings,
     EncoderSettings,
+    LabelSettings,
     PlatformSettings,
     StageSettings,
     TilingSettings,
@@ -51,6 +53,16 @@ DEFAULTS: dict[type[BaseModel], dict[str, Any]] = {
         "sample_size": 65536,
         "max_passes": 10,
         "tolerance": 1e-4,
+        "normalise": False,
+        "whiten": None,
+    },
+    LabelSettings: {"min_share": 0.5},
+    AnnotationSettings: {
+        "n_clusters": None,
+        "min_purity": 0.7,
+        "min_labelled": 5,
+        "folds": 5,
+        "seed": 0,
     },
 }
 """A default is left out of a fingerprint: changing one silently would pass old results for new."""

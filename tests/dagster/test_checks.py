@@ -57,6 +57,7 @@ NAMES = (
     "features_finite",
     "feature_rows_equal_tile_rows",
     "clusters_cover_every_tile",
+    "slides_are_like_the_training_slides",
 )
 
 
@@ -113,6 +114,15 @@ def test_a_tile_in_no_cluster_is_found(done, verdict, k):
     assert verdict("clusters_cover_every_tile") == (False, "ERROR", {"a"})
 
 
+@pytest.mark.parametrize(("outside", "tiles", "told"), [(0.2, 50, True), (0.2, 10, False)])
+def test_a_slide_unlike_those_of_the_model_is_a_warning(done, verdict, outside, tiles, told):
+    path = done.folder("b").record("clusters")
+    stamp = done.folder("b").stamp("clusters").with_result(outside=outside, tiles=tiles)
+    pq.write_table(stamp.on_table(pq.read_table(path)), path)
+    expected = (False, "WARN", {"b"}) if told else (True, "WARN", set())
+    assert verdict("slides_are_like_the_training_slides") == expected
+
+
 def test_damaged_files_are_faults_of_their_slides_and_not_of_the_check(done, verdict):
     for slide_id, stage in (("a", "features"), ("b", "clusters")):
         path = done.folder(slide_id).record(stage)
@@ -129,6 +139,7 @@ def test_a_k_that_a_small_first_cohort_left_out_is_no_fault(deployment):
     run = deployment.run("clusters")
     assert run.success
     assert {e.check_name: e.passed for e in run.get_asset_check_evaluations()} == {
-        "clusters_cover_every_tile": True
+        "clusters_cover_every_tile": True,
+        "slides_are_like_the_training_slides": True,
     }
     assert deployment.metadata("cluster_model")["left_out"] == [5000]
