@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo ui test lint typecheck unit bench-extraction bench-similar clean
+.PHONY: help install demo ui test lint typecheck unit bench-catalog bench-extraction bench-clusters bench-similar clean
 
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -36,8 +36,14 @@ typecheck: $(INSTALLED) ## Check types
 unit: $(INSTALLED) ## Run the tests and the examples in docstrings
 	$(BIN)/pytest -n 2 --dist loadfile
 
+bench-catalog: $(INSTALLED) ## Measure the catalog on a generated cohort; BENCH=<more options>
+	$(BIN)/python benchmarks/catalog.py $(BENCH)
+
 bench-extraction: $(INSTALLED) ## Measure extraction; PEER=<python with histoencoder 0.1.1>, BENCH=<more options>
 	$(BIN)/python benchmarks/extraction.py $(if $(PEER),--peer $(PEER)) $(BENCH)
+
+bench-clusters: $(INSTALLED) ## Measure the fit of a cluster model beside scikit-learn's; BENCH=<more options>
+	$(BIN)/python benchmarks/clusters.py $(BENCH)
 
 bench-similar: $(INSTALLED) ## Measure nearest tiles; BENCH=<more options>
 	$(BIN)/python benchmarks/similar.py $(BENCH)

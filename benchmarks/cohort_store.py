@@ -6,9 +6,9 @@ out costs the catalog nothing: pictures, and all but four numbers of each featur
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import os
-from collections.abc import Sequence
+import json
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -28,7 +28,7 @@ from histoencoder_core.clusters import (
     fit_clusters,
     save_model,
 )
-from histoencoder_core.labels import Annotation, labels_stamp
+from histoencoder_core.labels import Annotations, labels_stamp
 from histoencoder_core.settings import ClusterSettings, LabelSettings, TilingSettings
 from histoencoder_core.slides import Description
 from histoencoder_core.store import SlideFolder, Stamp, Store, files, layout
@@ -85,35 +85,40 @@ def slide_name(number: int) -> str:
     return f"cohort-slide-{number:05d}"
 
 
-def write_cohort(cohort: Cohort, *, processes: int = 2) -> ClusterModel:
-    """Write a cohort with everything done, and give its cluster model."""
+def write_cohort(cohort: Cohort, *, processes: int = 2) -> int:
+    """Write a cohort with everything done, and give its number of tiles."""
     for folder in (cohort.store.cohort, cohort.annotations, cohort.folder / "slides"):
         folder.mkdir(parents=True, exist_ok=True)
     numbers = range(cohort.slides)
-    register(cohort, numbers)
+    register(cohort, cohort.slides)
     with ProcessPoolExecutor(processes) as pool:
-        list(pool.map(partial(write_slide, cohort), numbers, chunksize=16))
+        tiles = sum(pool.map(partial(write_slide, cohort), numbers, chunksize=16))
         # Which numbers of clusters there are is the model's; which tile is in which is drawn.
         enough = 2 * max(cohort.n_clusters) // max(1, cohort.tiles // 2) + 1
         inputs = feature_files(cohort.store, slides=[slide_name(n) for n in numbers[:enough]])
         save_model(
             cohort.store, fit_clusters(inputs, ClusterSettings(n_clusters=cohort.n_clusters))
         )
-        model = current_model(cohort.store)
-        assert model is not None
-        list(pool.map(partial(write_clusters, cohort, model), numbers, chunksize=16))
-    return model
+        list(pool.map(partial(write_clusters, cohort, _model(cohort)), numbers, chunksize=16))
+    return tiles
 
 
-def register(cohort: Cohort, numbers: Sequence[int]) -> None:
+def add_slide(cohort: Cohort, number: int) -> None:
+    """Write one more slide, with everything done."""
+    register(cohort, number + 1)
+    write_slide(cohort, number)
+    write_clusters(cohort, _model(cohort), number)
+
+
+def register(cohort: Cohort, slides: int) -> None:
     """Register so many slides."""
     entries = {slide_name(n): {"path": str(_file(cohort, n)), "relative": f"{slide_name(n)}.tiff"}
-               for n in numbers}  # fmt: skip
+               for n in range(slides)}  # fmt: skip
     files.write_json(cohort.store.register_path, {"version": 1, "slides": entries})
 
 
-def write_slide(cohort: Cohort, number: int) -> None:
-    """Write a slide's description, tiles, features, annotation and labels."""
+def write_slide(cohort: Cohort, number: int) -> int:
+    """Write a slide's description, tiles, features and annotation; give its number of tiles."""
     rng = np.random.default_rng([cohort.seed, number])
     folder = cohort.store.slide(slide_name(number))
     folder.path.mkdir(parents=True, exist_ok=True)
@@ -130,6 +135,8 @@ def write_slide(cohort: Cohort, number: int) -> None:
     table = keys.append_column("features", feature_list(features, "float32"))
     table = table.append_column("unreadable", pa.nulls(keys.num_rows, pa.string()))
     _write(folder.record("features"), table, stamp)
+    _annotate(cohort, folder.slide_id)
+    return keys.num_rows
 
 
 def write_clusters(cohort: Cohort, model: ClusterModel, number: int) -> None:
@@ -164,12 +171,41 @@ def write_clusters(cohort: Cohort, model: ClusterModel, number: int) -> None:
     labels = fine * len(LABELS) // finest
     other = rng.random(count) > purities[fine]
     labels = np.where(other, rng.integers(len(LABELS), size=count), labels)
-    annotation = Annotation("none", folder.slide_id)
+    annotation = _said(cohort, max(number + 1, cohort.slides)).of(folder.slide_id)
+    assert annotation is not None
     names = [LABELS[label] for label in labels]
     table = keys.append_column("label", pa.array(names))
     table = table.append_column("share", pa.array(rng.uniform(0.5, 1, count), pa.float32()))
-    stamp = labels_stamp(folder, source, annotation, LabelSettings())
+    stamp = labels_stamp(folder, source, annotation, LabelSettings()).with_result(
+        tiles=count,
+        labelled=count,
+        source=annotation.source,
+        seen={"signature": annotation.signature},
+    )
     _write(folder.record("labels"), table, stamp)
+
+
+@functools.lru_cache(maxsize=1)
+def _said(cohort: Cohort, slides: int) -> Annotations:  # noqa: ARG001 - so that more are found
+    return Annotations(cohort.store, cohort.annotations)
+
+
+def _model(cohort: Cohort) -> ClusterModel:
+    model = current_model(cohort.store)
+    assert model is not None
+    return model
+
+
+def _annotate(cohort: Cohort, slide_id: str) -> None:
+    """An outline, so that there is an annotation to look for; what labels say is drawn instead."""
+    corners = [[0, 0], [100_000, 0], [100_000, 80_000], [0, 80_000], [0, 0]]
+    feature = {
+        "type": "Feature",
+        "geometry": {"type": "Polygon", "coordinates": [corners]},
+        "properties": {"classification": {"name": LABELS[0]}},
+    }
+    content = {"type": "FeatureCollection", "features": [feature]}
+    (cohort.annotations / f"{slide_id}.geojson").write_text(json.dumps(content))
 
 
 def _file(cohort: Cohort, number: int) -> Path:
@@ -230,6 +266,4 @@ def _write_tiles(
 
 def _write(path: Path, table: pa.Table, stamp: Stamp) -> None:
     """As a stage does, but without waiting for the disk."""
-    temporary = path.with_suffix(".tmp")
-    pq.write_table(stamp.on_table(table), temporary, compression="zstd")
-    os.replace(temporary, path)
+    pq.write_table(stamp.on_table(table), path, compression="zstd")

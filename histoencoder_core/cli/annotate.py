@@ -9,6 +9,7 @@ import pyarrow as pa
 import typer
 
 from histoencoder_core.annotate import annotate_slide, derive_labels, ensure_evaluation
+from histoencoder_core.cli.cohort import expected
 from histoencoder_core.cli.progress import each_slide, finish
 from histoencoder_core.cli.stages import StoreFolder
 from histoencoder_core.cli.tables import print_table
@@ -61,7 +62,7 @@ def annotate(
         **{**deployment.annotate.model_dump(exclude_defaults=True), **given}
     )
     store = Store(input_dir)
-    build_catalog(store, annotate=settings)
+    build_catalog(store, **{**expected(deployment), "annotate": settings})
     named = derive_labels(store, settings)
     labels = current_cluster_labels(store, settings)
     assert labels is not None  # they were just derived
@@ -72,7 +73,7 @@ def annotate(
         lambda slide_id: annotate_slide(store.slide(slide_id), labels),
         describe="annotated",
     )
-    build_catalog(store, annotate=settings)
+    build_catalog(store, **{**expected(deployment), "annotate": settings})
     if evaluate:
         content, _ = ensure_evaluation(
             store,

@@ -11,7 +11,7 @@ from collections import Counter
 from decimal import Decimal
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -70,18 +70,11 @@ def status(input_dir: OptionalStore = None) -> None:
     store = _store(input_dir)
     if not store.root.is_dir():
         raise StoreError(f"{store.root}: is not there.")
-    asked = deployment.model_fields_set
-    folder = deployment.annotations_folder
     states = slide_states(
         store,
-        # Without settings of the deployment, whatever was asked for on the command line will do.
-        tiling=deployment.tiling if "tiling" in asked else None,
-        encoder=deployment.encoder if "encoder" in asked else None,
         model=current_model(store),
-        annotations=folder if folder.is_dir() else None,
-        labels=deployment.labels if "labels" in asked else None,
-        annotate=deployment.annotate if "annotate" in asked else None,
-        found=find_slides(deployment.slides) if "slides" in asked else (),
+        **expected(deployment),
+        found=find_slides(deployment.slides) if "slides" in deployment.model_fields_set else (),
     )
     counts = Counter((str(state.stage), str(state.state)) for state in states)
     slides = len({state.slide for state in states})
@@ -99,6 +92,19 @@ def status(input_dir: OptionalStore = None) -> None:
             console.print(told, markup=False)
     if any(state.state in {"failed", "missing"} for state in states) or not states:
         raise typer.Exit(1)
+
+
+def expected(deployment: PlatformSettings) -> dict[str, Any]:
+    """What results are compared with: settings of the deployment, as far as there are any.
+
+    Without, whatever was asked for on the command line will do.
+    """
+    names = ("tiling", "encoder", "labels", "annotate")
+    folder = deployment.annotations_folder
+    return {
+        "annotations": folder if folder.is_dir() else None,
+        **{n: getattr(deployment, n) for n in names if n in deployment.model_fields_set},
+    }
 
 
 def encoders() -> None:

@@ -11,6 +11,7 @@ import typer
 from pydantic import ValidationError
 from tqdm import tqdm
 
+from histoencoder_core.cli.cohort import expected
 from histoencoder_core.cli.progress import each_slide, finish
 from histoencoder_core.clusters import (
     ClusterModel,
@@ -465,7 +466,10 @@ def _model(
 
 
 def _publish(store: Store, *, annotations: Path | None = None) -> None:
-    summary = publish_catalog(store, annotations=annotations)
+    asked = expected(PlatformSettings())
+    summary = publish_catalog(
+        store, **{**asked, "annotations": annotations or asked["annotations"]}
+    )
     typer.echo(
         f"Catalog: {summary.slides} slides, {summary.tiles} tiles, {summary.labelled_tiles} "
         f'labelled. Ask it: histoencoder sql -i "{store.root}" "from cluster_purity"'

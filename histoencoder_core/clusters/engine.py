@@ -11,17 +11,18 @@ import contextlib
 import itertools
 import os
 import threading
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from histoencoder_core.clusters.transform import AS_THEY_ARE, Transform
 
-Floats = npt.NDArray[np.float32]
+T = TypeVar("T")
 
 CPU_BLOCK, GPU_BLOCK = 512, 65536
 """Tiles that are compared with all centroids at a time."""
@@ -29,7 +30,6 @@ CPU_BLOCK, GPU_BLOCK = 512, 65536
 _NEAR = 1e-2
 """Squared distances below this share of a tile's squared length are computed anew: subtracting two
 almost equal numbers would leave few digits of them."""
-
 
 _memory = threading.local()
 
@@ -149,13 +149,25 @@ class Engine:
         device: Where the arithmetic is done.
     """
 
-    def __init__(self, device: torch.device, pool: ThreadPoolExecutor) -> None:
+    def __init__(self, device: torch.device, threads: int) -> None:
         self.device = device
-        self._pool = pool
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="clusters")
 
-    def _blocks(self, rows: torch.Tensor) -> Iterator[torch.Tensor]:
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _each_block(self, rows: torch.Tensor, work: Callable[[torch.Tensor], T]) -> Iterator[T]:
+        """Do some work on blocks of tiles; gives what it gave, in the blocks' order."""
         size = CPU_BLOCK if self.device.type == "cpu" else GPU_BLOCK
-        return (rows[first : first + size] for first in range(0, max(1, len(rows)), size))
+        waiting: deque[Future[T]] = deque()
+        for first in range(0, max(1, len(rows)), size):
+            waiting.append(self._pool.submit(work, rows[first : first + size].to(self.device)))
+            if len(waiting) > 2 * self._threads:  # results may be large
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
     def find(
         self, rows: torch.Tensor, centroids: Centroids, transform: Transform = AS_THEY_ARE
@@ -172,13 +184,13 @@ class Engine:
         """
 
         def work(block: torch.Tensor) -> Found:
-            found = centroids.find(centroids.centred(transform.apply(block.to(self.device))))
+            found = centroids.find(centroids.centred(transform.apply(block)))
             return Found(
                 {k: v.cpu() for k, v in found.clusters.items()},
                 {k: v.cpu() for k, v in found.squared.items()},
             )
 
-        parts = list(self._pool.map(work, self._blocks(rows)))
+        parts = list(self._each_block(rows, work))
         return Found(
             {k: torch.cat([part.clusters[k] for part in parts]) for k in centroids.points},
             {k: torch.cat([part.squared[k] for part in parts]) for k in centroids.points},
@@ -196,7 +208,7 @@ class Engine:
         """
 
         def work(block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
-            centred = centroids.centred(transform.apply(block.to(self.device)))
+            centred = centroids.centred(transform.apply(block))
             found = centroids.find(centred)
             # To float64 on the way: blocks are small, the sum of all is not.
             inertia = [float(found.squared[k].double().sum()) for k in centroids.points]
@@ -205,7 +217,7 @@ class Engine:
         counts = torch.zeros(len(centroids), dtype=torch.int64)
         total = torch.zeros(len(centroids), len(centroids.origin), dtype=torch.float64)
         inertia = np.zeros(len(centroids.points))
-        for of_block, sums, squared in self._pool.map(work, self._blocks(rows)):
+        for of_block, sums, squared in self._each_block(rows, work):
             counts += of_block
             total += sums
             inertia += squared
@@ -231,12 +243,13 @@ def computing(device: str = "cpu") -> Iterator[Engine]:
     chosen = _chosen(device)
     threads = usable_cores() if chosen.type == "cpu" else 1
     before = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    engine = Engine(chosen, threads)
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("highest")
     try:
-        with ThreadPoolExecutor(threads, thread_name_prefix="clusters") as pool:
-            yield Engine(chosen, pool)
+        yield engine
     finally:
+        engine.close()
         torch.set_num_threads(before[0])
         torch.set_float32_matmul_precision(before[1])
 

@@ -46,7 +46,7 @@ SAMPLE_TOLERANCE = 0.01
 SHUFFLE_BYTES = 64e6
 """Features that wait to be shuffled together."""
 
-RESERVED_BYTES = 0.9e9
+RESERVED_BYTES = 1.0e9
 """What the interpreter, the libraries and all that is small take."""
 
 READ_BYTES = 256e6
@@ -127,7 +127,8 @@ def fit_clusters(
     Args:
         inputs: The features, all in one space.
         settings: How to cluster.
-        memory_gb: Resident memory in GB (10⁹ bytes) that this process may take.
+        memory_gb: Resident memory in GB (10⁹ bytes) that this process may take; its libraries take
+            one of them.
         device: ``cpu``, ``cuda`` for any free GPU, ``cuda:N`` for one of them, or ``auto`` for a
             GPU where there is one.
 

@@ -7,6 +7,7 @@ copy. A reader never sees a half and blocks no run.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import shutil
@@ -61,6 +62,9 @@ READERS = 4
 BATCH = 64
 """Slides that are put in at a time."""
 
+LEFT_BEHIND = 24 * 60 * 60
+"""Seconds after which a temporary file is nobody's."""
+
 COMMITTED = 16
 """Batches that are committed at a time."""
 
@@ -77,7 +81,7 @@ class CatalogSummary:
         slides: Number of slides.
         tiles: Number of tiles.
         labelled_tiles: Number of tiles with a label.
-        states: State of every stage of every slide.
+        completeness: The table ``completeness``.
         purity: The table ``cluster_purity``.
         read: Number of slides whose files were read; the others had not changed.
         seconds: Time taken to build it.
@@ -87,10 +91,17 @@ class CatalogSummary:
     slides: int
     tiles: int
     labelled_tiles: int
-    states: list[StageState]
+    completeness: pa.Table
     purity: pa.Table
     read: int
     seconds: float
+
+    @property
+    def states(self) -> list[StageState]:
+        """State of every stage of every slide, by slide and in the order of the stages."""
+        order = {stage: place for place, stage in enumerate(layout.STAGES)}
+        found = [StageState(**row) for row in self.completeness.to_pylist()]
+        return sorted(found, key=lambda state: (state.slide, order[state.stage]))
 
 
 def build_catalog(
@@ -126,38 +137,38 @@ def build_catalog(
     refresh = _Refresh(store, tiling, encoder, annotations, labels, annotate)
     before = _before(store, refresh.made_for)
     try:
-        read = refresh.publish(before)
+        return _told(store, refresh.publish(before), started)
     except duckdb.Error as error:
         if before is None:
             raise
         log.warning("%s: is damaged (%s); it is written anew.", store.catalog_path, error)
-        read = refresh.publish(None)
+        return _told(store, refresh.publish(None), started)
+
+
+def _told(store: Store, read: int, started: float) -> CatalogSummary:
+    """Read what the published catalog holds."""
     with attached(store) as connection:
         counts = connection.sql(
             "SELECT count(*), sum(tiles)::BIGINT, sum(labelled_tiles)::BIGINT FROM slides"
         ).fetchall()[0]
-        purity = connection.sql("SELECT * FROM cluster_purity").to_arrow_table()
-        rows = connection.sql("SELECT slide, stage, state, reason FROM completeness").fetchall()
-    order = {stage: place for place, stage in enumerate(layout.STAGES)}
-    rows.sort(key=lambda row: (row[0], order[row[1]]))
-    return CatalogSummary(
-        path=store.catalog_path,
-        slides=counts[0],
-        tiles=counts[1] or 0,
-        labelled_tiles=counts[2] or 0,
-        states=[StageState(*row) for row in rows],
-        purity=purity,
-        read=read,
-        seconds=round(time.perf_counter() - started, 3),
-    )
+        return CatalogSummary(
+            path=store.catalog_path,
+            slides=counts[0],
+            tiles=counts[1] or 0,
+            labelled_tiles=counts[2] or 0,
+            completeness=connection.sql("SELECT * FROM completeness").to_arrow_table(),
+            purity=connection.sql("SELECT * FROM cluster_purity").to_arrow_table(),
+            read=read,
+            seconds=round(time.perf_counter() - started, 3),
+        )
 
 
-def publish_catalog(store: Store, *, annotations: Path | None = None) -> CatalogSummary:
+def publish_catalog(store: Store, **asked: Any) -> CatalogSummary:
     """Bring the catalog up to date, and the statistics that it takes in.
 
     Args:
         store: The store.
-        annotations: What labels are expected; see `slide_states`.
+        asked: What is expected; see `build_catalog`.
 
     Returns:
         What the catalog holds.
@@ -166,10 +177,10 @@ def publish_catalog(store: Store, *, annotations: Path | None = None) -> Catalog
         ClusterError: The current model's file is damaged.
         StoreError: ``tiles.csv`` can't be read.
     """
-    summary = build_catalog(store, annotations=annotations)
+    summary = build_catalog(store, **asked)
     statistics = ensure_statistics(store)
     if statistics is not None and statistics.made_now:
-        again = build_catalog(store, annotations=annotations)
+        again = build_catalog(store, **asked)
         summary = replace(again, read=summary.read, seconds=summary.seconds + again.seconds)
     return summary
 
@@ -268,11 +279,12 @@ class _Refresh:
         same = before is not None and before.cohort == (versions, labels, stored)
         if same and not changed and not gone:
             return 0
+        self._clear_up()
         # A database is closed, and so whole, before its file is renamed.
         with files.atomic_path(self.store.catalog_path) as temporary:
             if before is not None:
                 shutil.copyfile(self.store.catalog_path, temporary)
-            with duckdb.connect(str(temporary), config=database.CONFIG) as connection:
+            with database.opened(temporary) as connection:
                 # A commit waits for the disk, but what is not committed stays in memory.
                 connection.begin()
                 if before is None:
@@ -300,6 +312,13 @@ class _Refresh:
             if before is None:
                 _note_size(temporary)
         return len(changed)
+
+    def _clear_up(self) -> None:
+        """Remove what a refresh left that was killed long ago: each is as large as the catalog."""
+        for path in self.store.cohort.glob(f".{self.store.catalog_path.name}.*"):
+            with contextlib.suppress(FileNotFoundError):  # another refresh does the same
+                if time.time() - path.stat().st_mtime > LEFT_BEHIND:
+                    files.remove(path)
 
     def _read(self, slides: Iterable[str]) -> Iterator[SlideRows]:
         """Read slides in order, a few ahead."""
@@ -445,7 +464,7 @@ class _Refresh:
         """Write a catalog from scratch with the rows that it has."""
         anew = files.temporary_name(path)
         try:
-            with duckdb.connect(str(anew)) as connection:
+            with database.opened(anew) as connection:
                 connection.begin()
                 database.create(connection, self.n_clusters)
                 source = str(path).replace("'", "''")
@@ -461,7 +480,7 @@ class _Refresh:
 
 def _note_size(path: Path) -> None:
     """Write into a catalog how large its file is."""
-    with duckdb.connect(str(path)) as connection:
+    with database.opened(path) as connection:
         connection.execute("UPDATE internal.state SET bytes = ?", [path.stat().st_size])
 
 

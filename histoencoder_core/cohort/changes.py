@@ -26,11 +26,6 @@ _IMAGES = tuple(layout.IMAGE_FORMATS)
 _OF_MANY_FILES = (".vms", ".vmu", ".dcm")
 """Suffixes of slides whose other files lie beside them, under names that only they tell."""
 
-_Print = tuple[int, int, int]
-"""Size in bytes, modification time in nanoseconds, inode."""
-
-_Prints = tuple[tuple[str, _Print], ...]
-
 
 @dataclass(frozen=True)
 class Signature:
@@ -83,11 +78,7 @@ class Scan:
         Raises:
             StoreError: ``tiles.csv`` can't be read.
         """
-        with_results = {
-            slide_id
-            for slide_id, folder in self._folders.items()
-            if any(name in _RECORDS for name, _ in folder.records)
-        }
+        with_results = {slide_id for slide_id, found in self._folders.items() if found.has_records}
         sure = {*entries, *read_tiles_csv(self._store), *with_results}
         if self._folders.keys() <= sure and not _images_in(self._store.root):
             return sorted(sure)
@@ -117,7 +108,7 @@ class Scan:
         shared = [print_(str(self._store.tiles_csv)), _images_in(self._store.root)]
         found = {}
         for slide_id in slides:
-            folder = self._folders.get(slide_id, _Folder((), (), has_tiles=False))
+            folder = self._folders.get(slide_id, _NOTHING)
             before = known.get(slide_id, _UNKNOWN)
             entry = entries.get(slide_id)
             path = before.path if entry is None else entry.path
@@ -129,25 +120,40 @@ class Scan:
                 elif path.lower().endswith(".mrxs"):
                     slide.append(folder_hash(os.path.splitext(path)[0]))  # noqa: PTH122
             sources: list[Any] = [said.signature(slide_id)]
-            if any(name == layout.LABELS for name, _ in folder.records):
+            if folder.has_labels:
                 sources.append(said.folder is not None)  # else any annotation will do
             files = _hash([folder.records, folder.has_tiles, slide, sources])
             images = ""
             if not before.own_tiles or before.signature.files != files:
                 rows = [(str(row.path), print_(str(row.path))) for row in listing.get(slide_id, ())]
                 cut = _images_in(self._store.root / slide_id / layout.TILES)
-                images = _hash([shared, folder.images, cut if folder.has_tiles else (), rows])
+                images = _hash([shared, folder.images, cut if folder.has_tiles else "", rows])
             found[slide_id] = Signature(files, images)
         return found
 
 
 @dataclass(frozen=True)
 class _Folder:
-    """What a slide's folder holds that matters: names with their prints, sorted."""
+    """What a slide's folder holds that matters.
 
-    records: _Prints
-    images: _Prints
+    Text, where tuples of numbers would do, is no work for Python's garbage collector.
+
+    Attributes:
+        records: Names and prints of records and of ``failures.json``.
+        images: Names and prints of images.
+        has_records: Whether there is a record.
+        has_labels: Whether there are labels.
+        has_tiles: Whether there is a folder of tile images.
+    """
+
+    records: str
+    images: str
+    has_records: bool
+    has_labels: bool
     has_tiles: bool
+
+
+_NOTHING = _Folder("", "", has_records=False, has_labels=False, has_tiles=False)
 
 
 def _folders(store: Store) -> dict[str, str]:
@@ -160,25 +166,33 @@ def _folders(store: Store) -> dict[str, str]:
 
 
 def _look_into(path: str) -> _Folder:
-    records, images, has_tiles = [], [], False
+    names: set[str] = set()
+    records, images = [], []
     with os.scandir(path) as entries:
         for entry in entries:
             name = entry.name
             if name in _WATCHED:
-                records.append((name, _print_of(entry)))
+                names.add(name)
+                records.append(_print_of(entry))
             elif name == layout.TILES:
-                has_tiles = True
+                names.add(name)
             elif _is_image(name):
-                images.append((name, _print_of(entry)))
-    return _Folder(tuple(sorted(records)), tuple(sorted(images)), has_tiles)
+                images.append(_print_of(entry))
+    return _Folder(
+        "".join(sorted(records)),
+        "".join(sorted(images)),
+        has_records=not _RECORDS.isdisjoint(names),
+        has_labels=layout.LABELS in names,
+        has_tiles=layout.TILES in names,
+    )
 
 
-def _images_in(folder: Path) -> _Prints:
+def _images_in(folder: Path) -> str:
     try:
         with os.scandir(folder) as entries:
-            return tuple(sorted((e.name, _print_of(e)) for e in entries if _is_image(e.name)))
+            return "".join(sorted(_print_of(e) for e in entries if _is_image(e.name)))
     except OSError:
-        return ()
+        return ""
 
 
 def _is_image(name: str) -> bool:
@@ -188,27 +202,28 @@ def _is_image(name: str) -> bool:
 def _folder_hash(folder: str) -> str:
     try:
         with os.scandir(folder) as entries:
-            return _hash(sorted((e.name, _print_of(e)) for e in entries if e.is_file()))
+            return _hash(sorted(_print_of(e) for e in entries if e.is_file()))
     except OSError:
         return ""
 
 
-def _print(path: str) -> _Print | None:
+def _print(path: str) -> str:
+    """Size, modification time and inode of a file; empty if it is not there."""
     try:
         return _of(os.stat(path))  # noqa: PTH116 - making a path for each takes its time
     except OSError:
-        return None
+        return ""
 
 
-def _print_of(entry: os.DirEntry[str]) -> _Print:
+def _print_of(entry: os.DirEntry[str]) -> str:
     try:
-        return _of(entry.stat())
+        return f"{entry.name} {_of(entry.stat())}\n"
     except OSError:  # it was taken away in between, or is a link to nowhere
-        return 0, 0, 0
+        return f"{entry.name}\n"
 
 
-def _of(stat: os.stat_result) -> _Print:
-    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+def _of(stat: os.stat_result) -> str:
+    return f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ino}"
 
 
 def _hash(value: Any) -> str:

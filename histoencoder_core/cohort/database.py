@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from importlib.resources import files as package_files
+from pathlib import Path
 from string import Template
-from typing import Any
 
 import duckdb
 import pyarrow as pa
@@ -30,8 +30,8 @@ PER_COHORT = (
 )  # fmt: skip
 """The other tables that are no result of a query."""
 
-CONFIG: dict[str, Any] = {"memory_limit": "512MB"}
-"""How a catalog is written: with more memory, DuckDB would keep the whole file in it."""
+MEMORY = "512MB"
+"""What DuckDB may keep of the file in memory while it writes it."""
 
 _FOR_EACH_K = re.compile(r"^ *-- for each k\n(.*?)^ *-- end\n", re.MULTILINE | re.DOTALL)
 
@@ -64,6 +64,15 @@ def _of(k: int) -> dict[str, str]:
 def form() -> str:
     """Fingerprint of the SQL files: a catalog of another form is written anew."""
     return fingerprint([script(name, (2,)) for name in (*SCRIPTS, "cluster_counts")])
+
+
+def opened(path: Path) -> duckdb.DuckDBPyConnection:
+    """A connection that writes a catalog."""
+    connection = duckdb.connect(str(path))
+    connection.execute(f"SET memory_limit = '{MEMORY}'")
+    # DuckDB draws one on stdout where it takes a process for an interactive one.
+    connection.execute("SET enable_progress_bar = false")
+    return connection
 
 
 def create(connection: duckdb.DuckDBPyConnection, n_clusters: Sequence[int]) -> None:

@@ -65,6 +65,8 @@ def attached(store: Store) -> Iterator[duckdb.DuckDBPyConnection]:
     # Connections of a process to one file share its settings and its contents, even after the file
     # was replaced; a database in memory is nobody else's.
     with duckdb.connect(":memory:") as connection:
+        # DuckDB draws one on stdout where it takes a process for an interactive one.
+        connection.execute("SET enable_progress_bar = false")
         connection.execute(f"ATTACH '{path}' AS catalog (READ_ONLY)")
         connection.execute("USE catalog")
         yield connection

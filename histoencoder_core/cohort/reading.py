@@ -160,7 +160,8 @@ def read_slide(look: SlideLook, states: list[StageState], n_clusters: list[int])
 def _tiles(look: SlideLook) -> pa.Table | None:
     """A slide's tiles with what is known of them; None if it has none."""
     if look.folder.stamp("tiles") is not None:
-        table = read_table(look.folder.record("tiles"))
+        names = [*KEY_COLUMNS, "level", "mpp_x", *_METRICS]
+        table = read_table(look.folder.record("tiles"), names)
         return table.append_column("mpp", table.column("mpp_x"))
     if look.source is not None:
         return look.source.keys
@@ -212,7 +213,8 @@ def _typed(table: pa.Table | None, schema: pa.Schema) -> pa.Table | None:
     """The columns of a table that the catalog has, in the types that they have there."""
     if table is None:
         return None
-    fields = [field for field in schema if field.name in table.column_names]
+    names = set(table.column_names)
+    fields = [field for field in schema if field.name in names]
     return table.select([field.name for field in fields]).cast(pa.schema(fields))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from histoencoder_core.errors import StoreError
@@ -37,11 +38,8 @@ class Store:
         """Ids of all slides that have a folder, sorted."""
         if not self.root.is_dir():
             return []
-        return sorted(
-            entry.name
-            for entry in self.root.iterdir()
-            if entry.is_dir() and layout.is_slide_id(entry.name)
-        )
+        with os.scandir(self.root) as entries:  # which knows what is a folder
+            return sorted(e.name for e in entries if layout.is_slide_id(e.name) and e.is_dir())
 
     @property
     def cohort(self) -> Path:

@@ -119,7 +119,8 @@ def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
         StoreError: It is damaged; the message says which.
     """
     try:
-        return pq.read_table(path, columns=columns, partitioning=None)
+        with pq.ParquetFile(path) as file:  # half the time of `pq.read_table` for a slide's tiles
+            return file.read(columns=columns)
     except (pa.ArrowException, OSError) as error:
         raise StoreError(f"{path}: can't be read as parquet ({error}).") from error
 

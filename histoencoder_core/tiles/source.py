@@ -233,8 +233,8 @@ def _named(store: Store, rows: dict[Path, TileRow]) -> list[TileRow]:
 
 
 def _own_tiles(folder: SlideFolder, stamp: Stamp) -> TileSource:
-    table = read_table(folder.record("tiles"))
-    keys = table.select(["tile", "x", "y", "w", "h"])
+    table = read_table(folder.record("tiles"), ["tile", "x", "y", "w", "h", "level"])
+    keys = table.drop_columns(["level"])
     images = folder.file(layout.TILES)
     if images.is_dir():
         paths = [images / f"{name}.jpeg" for name in keys.column("tile").to_pylist()]

@@ -29,6 +29,9 @@ from histoencoder_core.store.tables import (
     tile_name,
 )
 
+COHORT_K = (4, 8, 16)
+"""Numbers of clusters of the fixture `cohort_store`."""
+
 Clustering = Callable[[np.ndarray], np.ndarray]
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cohorts import COHORT_K
 
 from histoencoder_core.clusters import (
     assign_slide,
@@ -32,10 +33,6 @@ def data() -> Path:
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "store")
-
-
-COHORT_K = (4, 8, 16)
-"""The numbers of clusters in `cohort_store`."""
 
 
 @pytest.fixture(scope="session")

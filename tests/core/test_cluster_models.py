@@ -142,7 +142,7 @@ def test_neither_memory_nor_cores_decide(
     model = fit_clusters(inputs, settings)
     for module in (engine, fit, kmeans):
         monkeypatch.setattr(module, "usable_cores", lambda: cores)
-    assert same(fit_clusters(inputs, settings, memory_gb=1.05), model)
+    assert same(fit_clusters(inputs, settings, memory_gb=1.1), model)
     assert same(fit_clusters(inputs[::-1], settings, memory_gb=50), model)
 
 
@@ -158,8 +158,8 @@ def test_memory_that_does_not_suffice_is_told(cohort: Store) -> None:
     with pytest.raises(
         ClusterError, match=r"length 16 takes \d\.\d GB .* sample of 1500 tiles"
     ) as e:
-        fit_clusters(feature_files(cohort), settings, memory_gb=0.9)
-    assert "only 0.9 GB may be used" in str(e.value)
+        fit_clusters(feature_files(cohort), settings, memory_gb=1)
+    assert "only 1 GB may be used" in str(e.value)
     assert "HISTOENCODER_CLUSTER_MEMORY_GB" in str(e.value)
     assert "HISTOENCODER_CLUSTERS__SAMPLE_SIZE" in str(e.value)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,13 @@ import pytest
 import torch
 from encoding import small_encoder
 from making import tissue_pixels
+from test_cluster_models import mixture
+from test_clusters import write_features
 
+from histoencoder_core.clusters import feature_files, fit_clusters
 from histoencoder_core.features import Runner
+from histoencoder_core.settings import ClusterSettings
+from histoencoder_core.store import Store
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -60,3 +66,23 @@ def test_features_hardly_depend_on_the_batch(tiles: list[np.ndarray]) -> None:
 @pytest.mark.parametrize(("precision", "bound"), [("float16", 2e-2), ("bfloat16", 1e-1)])
 def test_lower_precision_stays_near(tiles: list[np.ndarray], precision: str, bound: float) -> None:
     assert relative(features(tiles, "cuda", precision=precision), features(tiles, "cuda")) < bound
+
+
+@pytest.mark.parametrize("transform", [{}, {"normalise": True, "whiten": 8}])
+def test_cluster_models_are_nearly_those_of_a_cpu(
+    tmp_path: Path, transform: dict[str, Any]
+) -> None:
+    store = Store(tmp_path)
+    for i in range(4):
+        write_features(store, f"slide-{i}", mixture(3000, seed=i))
+    settings = ClusterSettings(n_clusters=(8, 32), batch_size=1000, **transform)
+    inputs = feature_files(store)
+    on_gpu, again = (fit_clusters(inputs, settings, device="cuda") for _ in range(2))
+    on_cpu = fit_clusters(inputs, settings)
+    assert on_gpu.version == on_cpu.version
+    for k in (8, 32):
+        assert np.array_equal(on_gpu.centroids[k], again.centroids[k])
+        assert np.array_equal(on_gpu.distances[k], again.distances[k])
+        assert on_gpu.inertia[k] == again.inertia[k]
+        # A tile between two centroids may go to the other one, and others follow.
+        assert on_gpu.inertia[k] == pytest.approx(on_cpu.inertia[k], rel=1e-2)

@@ -227,8 +227,17 @@ def test_from_a_dropped_slide_to_purity_in_sql(live, write_slide):
         assert live.clusters(good) == before, "the others were not touched"
         assert len(list(live.store.glob("_cohort/cluster_models/*.parquet"))) == 1
 
-        # What Dagster knows of all this, and shows.
+        # What clusters mean is written onto slides, and the report is drawn.
         good |= {"e_late"}
+        live.wait("annotations", lambda: live.partitions("annotations")[0] == good)
+        drawn = json.loads((live.store / "e_late" / "annotations.geojson").read_text())
+        classes = {f["properties"]["classification"]["name"] for f in drawn["features"]}
+        assert classes <= {"tumour"}
+        page = live.store / "_cohort" / "report.html"
+        live.wait("report", page.exists)
+        assert "UNTRAINED" in page.read_text("utf-8")
+
+        # What Dagster knows of all this, and shows.
         assert live.partitions("slides") == (good | {"a_no_mpp"}, {"d_broken"})
         assert live.partitions("tiles") == (good, {"a_no_mpp"})
         for asset in ("features", "clusters"):

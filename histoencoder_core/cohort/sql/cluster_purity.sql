@@ -6,15 +6,25 @@
 -- from drawing slides (see statistics.py), and are NULL where that has not been done for these data.
 
 CREATE OR REPLACE TABLE cluster_purity AS
-WITH size AS (
+WITH on_slide AS (
+    SELECT
+        slide,
+        k,
+        cluster,
+        sum(tiles) AS tiles,
+        coalesce(sum(tiles) FILTER (label IS NOT NULL), 0) AS labelled_tiles
+    FROM cluster_counts
+    GROUP BY slide, k, cluster
+),
+size AS (  -- three times as fast as counting distinct slides
     SELECT
         k,
         cluster,
         sum(tiles)::BIGINT AS tiles,
-        count(DISTINCT slide) AS slides,
-        coalesce(sum(tiles) FILTER (label IS NOT NULL), 0)::BIGINT AS labelled_tiles,
-        count(DISTINCT slide) FILTER (label IS NOT NULL) AS labelled_slides
-    FROM cluster_counts
+        count(*) AS slides,
+        sum(labelled_tiles)::BIGINT AS labelled_tiles,
+        count(*) FILTER (labelled_tiles > 0) AS labelled_slides
+    FROM on_slide
     GROUP BY k, cluster
 ),
 per_label AS (
