@@ -30,7 +30,14 @@ from histoencoder_core.clusters.model import (
     save_model,
 )
 from histoencoder_core.clusters.quantiles import Distances
-from histoencoder_core.clusters.reading import Floats, Reader, batches, draw_sample, slide_bytes
+from histoencoder_core.clusters.reading import (
+    Floats,
+    Reader,
+    batches,
+    draw_sample,
+    share_of,
+    slide_bytes,
+)
 from histoencoder_core.clusters.transform import AS_THEY_ARE, Transform, fit_whitening
 from histoencoder_core.errors import ClusterError
 from histoencoder_core.settings import ClusterSettings
@@ -210,7 +217,10 @@ class _Plan:
         batch = max(settings.batch_size, largest)
         buffer = batch * max(2, int(SHUFFLE_BYTES // (4 * length * batch)))
         drawn = min(tiles, sample + len(inputs))
-        needed = RESERVED_BYTES + slide_bytes(length) + 4 * length * (drawn + buffer + 2 * batch)
+        # While one slide is drawn, its own part is held twice more.
+        share = share_of([file.tiles for file in inputs], sample)
+        needed = RESERVED_BYTES + slide_bytes(length)
+        needed += 4 * length * (drawn + max(2 * share, buffer + 2 * batch))
         if settings.normalise or settings.whiten is not None:
             needed += 4 * drawn * (settings.whiten or length)
         if settings.whiten is not None:
@@ -309,9 +319,14 @@ class _Fit:
         return {k: float(moves[k] @ counts[k] / counts[k].sum()) for k in ks}
 
     def measure(self) -> _Measures:
-        """See what the centroids give, once no cluster is empty."""
+        """See what the centroids give, once no cluster is empty that could be filled."""
+        before = None
         while True:
             measures = self._measure()
+            empty = sum(int((counts == 0).sum()) for counts in measures.counts.values())
+            if before is not None and empty >= before:
+                return measures
+            before = empty
             filled = [
                 kmeans.refill(self._engine, self._sample, self.points, measures.counts[k], k)
                 for k in self.points
@@ -353,7 +368,13 @@ def _transform(sample: Floats, settings: ClusterSettings) -> Transform:
 def _transformed(sample: Floats, transform: Transform) -> torch.Tensor:
     if transform == AS_THEY_ARE:
         return torch.from_numpy(sample)
-    return torch.cat([transform.apply(part) for part in _parts(sample)])
+    width = sample.shape[1] if transform.whitening is None else transform.whitening.matrix.shape[1]
+    moved = torch.empty((len(sample), width))
+    first = 0
+    for part in _parts(sample):
+        moved[first : first + len(part)] = transform.apply(part)
+        first += len(part)
+    return moved
 
 
 def _parts(sample: Floats) -> Iterator[torch.Tensor]:

@@ -15,6 +15,7 @@ from sklearn.cluster import kmeans_plusplus
 from threadpoolctl import threadpool_limits
 
 from histoencoder_core.clusters.engine import Centroids, Engine, usable_cores
+from histoencoder_core.errors import ClusterError
 
 STARTS = 8
 """k-means++ starts tried for each K."""
@@ -24,6 +25,9 @@ START_TILES = 4096
 
 START_STEPS = 5
 """Steps of k-means that a start is judged after."""
+
+SAME_TILE = 1e-9
+"""Squared distance, as a share of the tiles' spread, below which two tiles differ by rounding."""
 
 STEPS = 100
 """Most steps from the best start."""
@@ -59,6 +63,9 @@ def fit_in_memory(
         ks: Numbers of clusters.
         seed: Of the starts.
         tolerance: A K's centroids rest whose squared movement, as a mean over tiles, is no more.
+
+    Raises:
+        ClusterError: The features are too large to be squared.
     """
     size = min(len(tiles), max(START_TILES, 4 * max(ks)))
     drawn = np.random.default_rng(seed).choice(len(tiles), size, replace=False)
@@ -70,6 +77,11 @@ def fit_in_memory(
         for k in ks:
             if rest.inertia[k] < least[k]:
                 best[k], least[k] = rest.points[k], rest.inertia[k]
+    if len(best) < len(ks):
+        raise ClusterError(
+            f"The features reach {float(tiles.abs().max()):.3g}, which is too large to compute "
+            "distances with. Extract the slides again, or look for what is wrong with the encoder."
+        )
     return settle(engine, tiles, best, steps=STEPS, tolerance=tolerance)
 
 
@@ -138,10 +150,12 @@ def refill(
         Whether one was moved. It is not where there are fewer different tiles than clusters.
     """
     moved = False
+    # Transformed in parts of other sizes, equal tiles differ in their last digits.
+    least = SAME_TILE * float(tiles.var(dim=0, correction=0).sum())
     for cluster in torch.nonzero(counts == 0).flatten().tolist():
         found = engine.find(tiles, Centroids({k: points[k]}, engine.device))
         farthest = int(found.squared[k].argmax())
-        if float(found.squared[k][farthest]) == 0:
+        if not float(found.squared[k][farthest]) > least:
             break
         points[k] = points[k].clone()
         points[k][cluster] = tiles[farthest].double().cpu()

@@ -117,9 +117,14 @@ def save_model(store: Store, model: ClusterModel) -> None:
     """Write a model as a version and make it the current one."""
     rows = [(k, cluster) for k in model.centroids for cluster in range(k)]
     parts = list(model.centroids.values())
+    result: dict[str, Any] = {
+        "inertia": {str(k): v for k, v in model.inertia.items()},
+        "distances": {str(k): v.tolist() for k, v in model.distances.items()},
+    }
     if (whitening := model.transform.whitening) is not None:
         # Its matrix is as wide as the centroids are long: its rows, then the offset, follow them.
         parts += [whitening.matrix, whitening.offset[None]]
+        result["mean"] = whitening.mean.tolist()
     stacked = np.concatenate(parts)
     ks, clusters = zip(*rows, *[(None, None)] * (len(stacked) - len(rows)), strict=True)
     table = pa.table([pa.array(ks), pa.array(clusters)], schema=pa.schema(_KEY_FIELDS))
@@ -129,10 +134,7 @@ def save_model(store: Store, model: ClusterModel) -> None:
         for column in MATCH_FIELDS:
             values = [found.get(key, {}).get(column.name) for key in zip(ks, clusters, strict=True)]
             table = table.append_column(column, pa.array(values, column.type))
-    stamp = model.stamp.with_result(
-        inertia={str(k): v for k, v in model.inertia.items()},
-        distances={str(k): v.tolist() for k, v in model.distances.items()},
-    )
+    stamp = model.stamp.with_result(**result)
     path = store.cluster_models / f"{model.version}.parquet"
     with files.atomic_path(path) as temporary:
         pq.write_table(stamp.on_table(table), temporary, compression="zstd")
@@ -175,8 +177,11 @@ def load_model(store: Store, version: str) -> ClusterModel:
     known = sum(k is not None for k in ks)
     places = {k: [i for i in range(known) if ks[i] == k] for k in dict.fromkeys(ks[:known])}
     settings = ClusterSettings(**stamp.made_from["settings"])
-    whitening = Whitening(features[known:-1], features[-1]) if known < len(features) else None
-    told: dict[str, dict[str, Any]] = stamp.result
+    told: dict[str, Any] = stamp.result
+    whitening = None
+    if known < len(features):
+        mean = np.array(told["mean"], np.float32)
+        whitening = Whitening(features[known:-1], features[-1], mean)
     return ClusterModel(
         stamp,
         centroids={k: features[rows] for k, rows in places.items()},

@@ -24,12 +24,14 @@ class Whitening:
     Attributes:
         matrix: float32 array of shape (length, components).
         offset: float32 array of shape (components,), added after it.
+        mean: float32 array of shape (length,), of the features.
 
     Source: Kessy, Lewin and Strimmer, "Optimal whitening and decorrelation" (2018): PCA whitening.
     """
 
     matrix: Floats
     offset: Floats
+    mean: Floats
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ class Transform:
         """
         if self.whitening is not None:
             back = np.linalg.pinv(self.whitening.matrix.astype(np.float64))
-            points = ((points - self.whitening.offset).astype(np.float64) @ back).astype(np.float32)
+            moved = points.astype(np.float64) @ back + self.whitening.mean
+            points = moved.astype(np.float32)
         if other.whitening is not None:
             points = points @ other.whitening.matrix + other.whitening.offset
         return points
@@ -103,4 +106,5 @@ def fit_whitening(blocks: Iterable[Floats], components: int) -> Whitening:
     kept = vectors[:, :components]
     kept = kept * np.sign(kept[np.abs(kept).argmax(axis=0), np.arange(components)])
     matrix = kept / np.sqrt(values[:components])
-    return Whitening(matrix.astype(np.float32), (-mean @ matrix).astype(np.float32))
+    parts = (matrix, -mean @ matrix, mean)
+    return Whitening(*(part.astype(np.float32) for part in parts))

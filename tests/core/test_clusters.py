@@ -236,6 +236,24 @@ def test_equal_tiles_can_be_clustered(store: Store) -> None:
     assert all(np.isfinite(centroids).all() for centroids in model.centroids.values())
 
 
+@pytest.mark.parametrize("settings", [{"normalise": True}, {"whiten": 3}])
+def test_few_different_tiles_can_be_clustered_though_transformed(
+    store: Store, settings: dict[str, Any]
+) -> None:
+    """In parts of other sizes a tile is transformed to other last digits, which are no tiles."""
+    kinds = np.random.default_rng(0).normal(3, 1, (5, LENGTH)).astype(np.float32)
+    for i in range(3):
+        write_features(store, f"slide-{i}", kinds[np.random.default_rng(i).integers(5, size=70)])
+    model = cluster(store, n_clusters=(3, 8), **settings)
+    assert model.inertia[8] == pytest.approx(0, abs=1e-6)
+
+
+def test_features_too_large_to_be_squared_are_refused(store: Store) -> None:
+    write_features(store, "a", np.full((40, LENGTH), 1e30, np.float32) * np.arange(40)[:, None])
+    with pytest.raises(ClusterError, match="too large to compute distances"):
+        cluster(store, n_clusters=(2,))
+
+
 def test_no_features_are_refused(store: Store) -> None:
     with pytest.raises(ClusterError, match="no slide has features yet"):
         feature_files(store)
