@@ -3,6 +3,7 @@
 import dagster as dg
 
 from histoencoder_dagster.assets import (
+    annotation_accuracy,
     catalog,
     cluster_labels,
     cluster_model,
@@ -40,7 +41,7 @@ refresh_catalog = dg.define_asset_job(
 
 name_clusters = dg.define_asset_job(
     "name_clusters",
-    selection=dg.AssetSelection.assets(cluster_labels).without_checks(),
+    selection=dg.AssetSelection.assets(cluster_labels, annotation_accuracy).without_checks(),
     description="Look again at what clusters mean. Slides are annotated anew if that has changed.",
 )
 

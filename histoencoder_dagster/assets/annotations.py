@@ -72,7 +72,7 @@ def cluster_labels(
 @dg.asset(
     deps=[catalog],
     group_name="cohort",
-    kinds={"scikitlearn"},
+    kinds={"pytorch"},
     automation_condition=WITH_ITS_INPUTS,
     output_required=False,
     pool="cohort",
@@ -174,4 +174,7 @@ def _of_cohort(evaluation: dict[str, Any] | None, labels: ClusterLabels) -> Meta
     """How good annotations of this model and K are over the cohort, as far as it is known."""
     if evaluation is None or (evaluation["model"], evaluation["k"]) != (labels.model, labels.k):
         return {"not_measured": "the accuracy of these cluster labels is not measured yet"}
-    return {**_measured(evaluation), "classes_held_out": _classes(evaluation)}
+    told = {**_measured(evaluation), "classes_held_out": _classes(evaluation)}
+    if labels.source == "edited":
+        told["accuracy_is_of"] = "labels derived from labelled slides, not of the edited table"
+    return told

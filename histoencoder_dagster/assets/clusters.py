@@ -18,7 +18,7 @@ from histoencoder_dagster.partitions import slide_partitions
 from histoencoder_dagster.resources import Platform
 
 
-@dg.asset(deps=[features], group_name="cohort", kinds={"scikitlearn"}, pool="cohort")
+@dg.asset(deps=[features], group_name="cohort", kinds={"pytorch"}, pool="cohort")
 def cluster_model(
     context: dg.AssetExecutionContext, platform: dg.ResourceParam[Platform]
 ) -> dg.MaterializeResult[None]:

@@ -145,6 +145,7 @@ def test_slides_are_annotated_when_clusters_mean_something_else_and_only_then(wa
     watched.run("labels", slides=["a"])
     assert annotated(watched.follow()) == [{"a", "b", "c"}]
     assert watched.metadata("cluster_labels")["clusters_with_a_label"] > 0
+    assert "Needs labelled slides" in watched.metadata("annotations", "c")["not_measured"]
     made = len(watched.events("cluster_labels"))
     table.write_text("slide,label\na,tumour\nb,tumour\n")
     watched.run("labels", slides=["b"])
@@ -154,6 +155,8 @@ def test_slides_are_annotated_when_clusters_mean_something_else_and_only_then(wa
     watched.register()
     watched.run("slides", slides=["d"])
     assert annotated(watched.follow()) == [{"d"}]
+    told = watched.metadata("annotations", "d")
+    assert (told["accuracy_held_out"], told["coverage_held_out"]) == (1.0, 1.0)
     table.write_text("slide,label\na,benign\nb,benign\n")
     watched.run("labels", slides=["a", "b"])
     assert annotated(watched.follow()) == [{"a", "b", "c", "d"}]
@@ -169,7 +172,9 @@ def test_a_pathologists_table_of_cluster_labels_annotates_all_slides(watched):
     assert run.success
     assert watched.run_requests(watched.tick("edited_cluster_labels"), "name_clusters") == []
     assert annotated(watched.follow()) == [{"a", "b", "c"}]
-    assert watched.metadata("annotations", "a")["source"] == "edited"
+    told = watched.metadata("annotations", "a")
+    assert told["source"] == "edited"
+    assert "not_measured" in told, "nothing is labelled"
     table.write_text(f"model,k,cluster,label\n{model},2,7,stroma\n")
     [run] = watched.run_requests(watched.tick("edited_cluster_labels"), "name_clusters")
     assert not run.success, "there is no cluster 7"
