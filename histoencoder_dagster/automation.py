@@ -38,7 +38,7 @@ WITH_ITS_INPUTS = (
 
 NIGHTLY = (
     _updated.since(_requested_since)
-    & (_Condition.missing() | _Condition.cron_tick_passed("0 4 * * *").since(_requested_since))
+    & (_Condition.missing() | _Condition.cron_tick_passed("0 4 * * *"))
     & ~_Condition.in_progress()
 ).with_label("nightly")
 """For what is slow to draw: once as soon as it can be, then at night if something is new."""

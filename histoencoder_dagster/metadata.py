@@ -53,9 +53,9 @@ def picture_metadata(folder: SlideFolder, name: str) -> dg.MarkdownMetadataValue
 
 
 def figure_metadata(figure: Figure) -> dict[str, Any]:
-    """A figure that is there, with what it says."""
-    assert figure.png is not None
-    assert figure.svg is not None
+    """A figure with what it says, or why there is none."""
+    if figure.png is None or figure.svg is None:
+        return {"missing": figure.missing}
     return {
         "figure": _picture(figure.png, FIGURE_PX, figure.title),
         "caption": figure.caption,

@@ -21,6 +21,7 @@ from typing import Any
 
 import duckdb
 import pyarrow as pa
+from filelock import FileLock
 
 from histoencoder_core.clusters import current_model, load_model, model_versions
 from histoencoder_core.cohort import database
@@ -134,15 +135,18 @@ def build_catalog(
         StoreError: ``tiles.csv`` can't be read.
     """
     started = time.perf_counter()
-    refresh = _Refresh(store, tiling, encoder, annotations, labels, annotate)
-    before = _before(store, refresh.made_for)
-    try:
-        return _told(store, refresh.publish(before), started)
-    except duckdb.Error as error:
-        if before is None:
-            raise
-        log.warning("%s: is damaged (%s); it is written anew.", store.catalog_path, error)
-        return _told(store, refresh.publish(None), started)
+    store.cohort.mkdir(parents=True, exist_ok=True)
+    # Of two refreshes at once, the one that looked first must not publish last.
+    with FileLock(store.cohort / "catalog.lock"):
+        refresh = _Refresh(store, tiling, encoder, annotations, labels, annotate)
+        before = _before(store, refresh.made_for)
+        try:
+            return _told(store, refresh.publish(before), started)
+        except duckdb.Error as error:
+            if before is None:
+                raise
+            log.warning("%s: is damaged (%s); it is written anew.", store.catalog_path, error)
+            return _told(store, refresh.publish(None), started)
 
 
 def _told(store: Store, read: int, started: float) -> CatalogSummary:

@@ -32,7 +32,7 @@ def run_sql(store: Store, query: str) -> pa.Table:
         query: SQL, as DuckDB understands it.
 
     Returns:
-        The result.
+        The result. Of columns with one name, the later ones are numbered: ``label``, ``label_1``.
 
     Raises:
         StoreError: There is no catalog yet, or the query fails; the message is DuckDB's.
@@ -43,9 +43,20 @@ def run_sql(store: Store, query: str) -> pa.Table:
                 connection.execute(f"SET {setting}")
             answer = connection.sql(query)
             # A statement that is no query, such as SET, has no result.
-            return pa.table({}) if answer is None else answer.to_arrow_table()
+            return pa.table({}) if answer is None else _told_apart(answer.to_arrow_table())
     except duckdb.Error as error:
         raise StoreError(f"The query failed. {error}") from error
+
+
+def _told_apart(table: pa.Table) -> pa.Table:
+    """A table in which no two columns have one name, as those of a join may."""
+    names: list[str] = []
+    for name in table.column_names:
+        number = 0
+        while (f"{name}_{number}" if number else name) in names:
+            number += 1
+        names.append(f"{name}_{number}" if number else name)
+    return table.rename_columns(names)
 
 
 @contextlib.contextmanager

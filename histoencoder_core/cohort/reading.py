@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from histoencoder_core.cohort.completeness import StageState
 from histoencoder_core.cohort.looking import SlideLook
-from histoencoder_core.errors import HistoEncoderError
+from histoencoder_core.errors import HistoEncoderError, StoreError
 from histoencoder_core.store import layout
 from histoencoder_core.store.layout import Stage
 from histoencoder_core.store.tables import (
@@ -162,6 +162,12 @@ def _tiles(look: SlideLook) -> pa.Table | None:
     if look.folder.stamp("tiles") is not None:
         names = [*KEY_COLUMNS, "level", "mpp_x", *_METRICS]
         table = read_table(look.folder.record("tiles"), names)
+        lost = [name for name in (*KEY_COLUMNS, "mpp_x") if name not in table.column_names]
+        if lost:
+            raise StoreError(
+                f"{look.folder.record('tiles')}: lacks {', '.join(lost)}. Remove it, and cut the "
+                "slide's tiles again."
+            )
         return table.append_column("mpp", table.column("mpp_x"))
     if look.source is not None:
         return look.source.keys

@@ -208,8 +208,12 @@ def _permuted(labelled: _Labelled, replicates: int, rng: np.random.Generator) ->
         by_cluster = np.bincount(clusters, minlength=k)
         seen = np.flatnonzero(by_cluster)
         counts = np.zeros((replicates, k, labelled.n_labels), np.int64)
-        tables = random_table(by_cluster[seen], by_label)
-        counts[:, seen] = tables.rvs(size=replicates, random_state=rng)
+        if len(seen) > 1 and np.count_nonzero(by_label) > 1:
+            tables = random_table(by_cluster[seen], by_label)
+            counts[:, seen] = tables.rvs(size=replicates, random_state=rng)
+        else:  # only one table has these margins, and SciPy gives others
+            cells = np.bincount(labelled.cells(k) + labelled.labels, minlength=counts[0].size)
+            counts += cells.reshape(counts[0].shape)
         yield "all", k, counts
 
 
@@ -261,7 +265,7 @@ def _rows(scheme: str, k: int, counts: Ints) -> pa.Table:
     purity = most.ravel() / np.maximum(labelled.ravel(), 1)
     return pa.table(
         {
-            "scheme": pa.array([scheme] * none.size),
+            "scheme": pa.array([scheme] * none.size, pa.string()),
             "k": pa.array(np.full(none.size, k, np.int32)),
             "replicate": pa.array(np.repeat(np.arange(replicates, dtype=np.int32), len(seen))),
             "cluster": pa.array(np.tile(seen.astype(np.int32), replicates)),

@@ -123,13 +123,18 @@ def warnings_of(
         told.append(facts.left_out)
     if not facts.labelled_tiles:
         told.append("No tile with a cluster has a label, so that nothing is said about purity.")
-    elif coverage is not None and coverage.low is None:
+    elif coverage is not None and coverage.p_value is None:
         told.append(
             "The interval and the comparison with shuffled labels have not been computed for the "
             "data at hand."
         )
     elif coverage is not None and (coverage.p_value or 0) > 0.05:
         told.append("Shuffled labels do about as well: the clusters tell nothing about the labels.")
+    elif coverage is not None and (coverage.p_value_within or 0) > 0.05:
+        told.append(
+            "Labels shuffled within each slide do about as well: the clusters tell slides apart, "
+            "which says nothing about the labels of their tiles."
+        )
     if spread:
         told.append(
             f"{counted(len(spread), 'cluster')} may show a slide, site or scanner, not a tissue."

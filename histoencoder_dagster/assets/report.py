@@ -14,6 +14,14 @@ from histoencoder_dagster.metadata import figure_metadata
 from histoencoder_dagster.resources import Platform
 
 
+def _has_clusters(context: dg.AssetExecutionContext, platform: Platform) -> bool:
+    """Whether there is anything to draw; before that, an asset stays missing and is asked for."""
+    found = bool(run_sql(platform.store, "FROM cluster_purity LIMIT 1").num_rows)
+    if not found:
+        context.log.info("no slide is assigned to clusters yet")
+    return found
+
+
 def _figure_asset(name: str, draw: Callable[[Store], Figure]) -> dg.AssetsDefinition:
     """The asset of one figure, with its picture to look at."""
 
@@ -29,10 +37,9 @@ def _figure_asset(name: str, draw: Callable[[Store], Figure]) -> dg.AssetsDefini
     def asset(
         context: dg.AssetExecutionContext, platform: dg.ResourceParam[Platform]
     ) -> Iterator[dg.MaterializeResult[None]]:
-        figure = draw(platform.store)
-        if figure.missing:
-            context.log.info(f"there is no such figure yet: {figure.missing}")
+        if not _has_clusters(context, platform):
             return
+        figure = draw(platform.store)
         yield dg.MaterializeResult(metadata=figure_metadata(figure))
 
     return asset
@@ -48,6 +55,7 @@ figures = tuple(_figure_asset(name, draw) for name, draw in FIGURES.items())
     kinds={"html"},
     automation_condition=NIGHTLY,
     output_required=False,
+    pool="cohort",
 )
 def cohort_report(
     context: dg.AssetExecutionContext, platform: dg.ResourceParam[Platform]
@@ -55,8 +63,7 @@ def cohort_report(
     """All figures and numbers of the cohort in one HTML page, to keep or to send."""
     # Annotations are made after the catalog, so that it does not know of the last ones.
     platform.refresh_catalog()
-    if not run_sql(platform.store, "FROM cluster_purity LIMIT 1").num_rows:
-        context.log.info("no slide is assigned to clusters yet")
+    if not _has_clusters(context, platform):
         return
     path = write_report(platform.store)
     yield dg.MaterializeResult(

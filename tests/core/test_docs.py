@@ -59,3 +59,9 @@ def test_the_tables_of_macros_are_complete(cohort_store: Store) -> None:
 def test_every_table_and_macro_has_an_example(name: str) -> None:
     place = re.escape(name) if name.endswith("(") else rf"{name}\b(?!\()"
     assert any(re.search(rf"\b(FROM|JOIN) {place}", query) for query in EXAMPLES)
+
+
+def test_columns_of_one_name_are_told_apart(cohort_store: Store) -> None:
+    joined = run_sql(cohort_store, "SELECT 1 AS a, 2 AS a, 3 AS a_1, 4 AS a")
+    assert joined.column_names == ["a", "a_1", "a_1_1", "a_2"]
+    assert [column[0].as_py() for column in joined.columns] == [1, 2, 3, 4]

@@ -222,6 +222,20 @@ def test_labels_that_only_tell_slides_apart_are_unmasked(store: Store) -> None:
     assert (within["p_value"], within["null_mean"]) == (1, 1)
 
 
+@pytest.mark.parametrize("kinds", [np.zeros(40, int), np.arange(40) % 2])
+def test_where_only_one_table_is_possible_chance_gives_what_is_there(
+    store: Store, kinds: np.ndarray
+) -> None:
+    """One label only, or all tiles in one cluster: permuted, they are what they were."""
+    slides = {"a": kinds, "b": kinds}
+    ones = {2: lambda n: np.zeros(len(n), int), 3: lambda n: np.arange(len(n)) % (1 + n.max())}
+    write_cohort_of(store, slides, clusters=ones)
+    publish_catalog(store)
+    [row] = run_sql(store, "FROM coverage_at(2, 0.5)").to_pylist()
+    for null in run_sql(store, "FROM coverage_null(2, 0.5)").to_pylist():
+        assert (row["coverage"], null["null_mean"], null["p_value"]) == (1, 1, 1)
+
+
 def test_one_slide_tells_of_no_other(store: Store) -> None:
     write_cohort_of(store, {"s": np.arange(60) % 2}, clusters={2: lambda n: n})
     publish_catalog(store)

@@ -169,10 +169,10 @@ class Deployment:
             self.cursors[sensor] = cursor or context.cursor
         return result
 
-    def due(self):
+    def due(self, **when):
         """Evaluate the automation once: ``{asset or check: slides}``, the cohort's ``{None}``."""
         result = dg.evaluate_automation_conditions(
-            defs=self.defs, instance=self.instance, cursor=self.cursors.get("automation")
+            defs=self.defs, instance=self.instance, cursor=self.cursors.get("automation"), **when
         )
         self.cursors["automation"] = result.cursor
         due = {}

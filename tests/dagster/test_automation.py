@@ -1,5 +1,7 @@
 """What is due when, as the automation sensors see it, tick by tick."""
 
+from datetime import UTC, datetime
+
 import pytest
 
 from histoencoder_core.settings import AnnotationSettings, TilingSettings
@@ -178,6 +180,30 @@ def test_a_pathologists_table_of_cluster_labels_annotates_all_slides(watched):
     table.write_text(f"model,k,cluster,label\n{model},2,7,stroma\n")
     [run] = watched.run_requests(watched.tick("edited_cluster_labels"), "name_clusters")
     assert not run.success, "there is no cluster 7"
+
+
+def test_the_report_is_drawn_once_and_then_at_night(watched):
+    def report(hour, *, day=1):
+        moment = datetime(2026, 1, day, hour, 5, tzinfo=UTC)
+        return "cohort_report" in watched.due(evaluation_time=moment)
+
+    with_model(watched, "a", "b", "c")
+    assert not report(9), "nothing is new"
+    watched.run(*COHORT)
+    assert report(10), "there is none yet"
+    watched.run("cohort_report", "heat_map")
+    assert "missing" in watched.metadata("heat_map"), "nothing is labelled"
+    assert not report(11)
+    watched.run(*COHORT)
+    assert not report(12)
+    watched.run("annotation_accuracy")
+    assert not report(13)
+    assert report(5, day=2)
+    watched.run("cohort_report")
+    assert not report(5, day=3), "a quiet day"
+    watched.run(*COHORT)
+    assert not report(9, day=3), "it is day"
+    assert report(5, day=4)
 
 
 def test_what_comes_while_the_catalog_is_built_is_not_lost(watched):

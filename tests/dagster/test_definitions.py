@@ -48,7 +48,7 @@ ASSETS = {
     "annotation_accuracy": (["catalog"], "cohort", "cohort", False),
     "annotations": (["cluster_labels", "clusters"], "slide", None, True),
     **{name: (["cluster_purity"], "report", None, False) for name in FIGURES},
-    "cohort_report": (["annotation_accuracy", "cluster_purity"], "report", None, False),
+    "cohort_report": (["annotation_accuracy", "cluster_purity"], "report", "cohort", False),
 }
 """Of each asset: what it is made from, its group, its pool, and whether slides are partitions."""
 
