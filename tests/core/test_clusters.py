@@ -40,6 +40,9 @@ from histoencoder_core.store import Stamp, Store, layout
 from histoencoder_core.store.tables import feature_list, key_table, read_table, tile_name
 
 LENGTH = 16
+LEFT = {"catalog.duckdb", "catalog.lock", "cluster_models"}
+"""What a refresh leaves in the cohort's folder."""
+
 SIDE = 256
 
 Floats = npt.NDArray[np.float32]
@@ -784,7 +787,7 @@ def test_a_failed_rebuild_leaves_the_old_catalog(labelled: Store) -> None:
     with pytest.raises(ClusterError, match="missing or damaged"):
         build_catalog(labelled)
     assert labelled.catalog_path.read_bytes() == before
-    assert {p.name for p in labelled.cohort.iterdir()} == {"catalog.duckdb", "cluster_models"}
+    assert {p.name for p in labelled.cohort.iterdir()} == LEFT
 
 
 # Queries -----------------------------------------------------------------------------------------
@@ -865,7 +868,7 @@ def test_rebuild_under_an_open_reader(labelled: Store) -> None:
         assert run_sql(labelled, "SELECT count(*) AS n FROM slides").to_pydict() == {"n": [4]}
         # Another's query does not lock this reader's settings.
         reader.execute("SET threads = 1")
-    assert {p.name for p in labelled.cohort.iterdir()} == {"catalog.duckdb", "cluster_models"}
+    assert {p.name for p in labelled.cohort.iterdir()} == LEFT
 
 
 def test_queries_run_side_by_side(labelled: Store) -> None:
