@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from histoencoder_core.errors import HistoEncoderError, SlideError, StoreError
+from histoencoder_core.errors import HistoEncoderError, StoreError, kind_of
 from histoencoder_core.store import files, layout
 from histoencoder_core.store.layout import Stage
 from histoencoder_core.store.stamp import Stamp, read_comment, read_stamp
 from histoencoder_core.store.tables import ROW_GROUP
+
+log = logging.getLogger(__name__)
 
 JPEG_QUALITY = 85
 
@@ -121,7 +125,11 @@ class SlideFolder:
         return found
 
     def failures(self) -> dict[str, dict[str, Any]]:
-        """Stages that failed on this slide: ``{stage: {kind, reason, inputs}}``."""
+        """Stages that failed on this slide: ``{stage: {kind, reason, inputs, attempts, at}}``.
+
+        ``kind`` is one of `errors.KINDS`, ``attempts`` how often the same inputs failed in a row,
+        ``at`` when they last did, in seconds since 1970.
+        """
         try:
             content = files.read_json(self.file(layout.FAILURES))
         except (FileNotFoundError, ValueError):
@@ -129,19 +137,29 @@ class SlideFolder:
         return content if isinstance(content, dict) else {}
 
     def record_failure(self, stage: Stage, error: Exception, *, inputs: Any = None) -> None:
-        """Remember why a stage failed, for ``status`` and the catalog.
+        """Remember why a stage failed, for ``status``, the catalog, and whoever tries again.
 
         Args:
             stage: The stage that failed.
             error: What it raised.
             inputs: What it was given, so that the same inputs are not tried over and over.
         """
-        kind = error.kind if isinstance(error, SlideError) else type(error).__name__
         # An error of ours explains itself; any other needs its type to be understood.
         known = isinstance(error, HistoEncoderError)
         reason = str(error) if known else f"{type(error).__name__}: {error}"
-        entry = {"kind": kind, "reason": reason, "inputs": inputs}
-        files.write_json(self.file(layout.FAILURES), {**self.failures(), stage: entry})
+        before = self.failures().get(stage, {})
+        again = before.get("inputs") == inputs
+        entry = {
+            "kind": kind_of(error),
+            "reason": reason,
+            "inputs": inputs,
+            "attempts": before.get("attempts", 1) + 1 if again and before else 1,
+            "at": round(time.time(), 3),
+        }
+        try:
+            files.write_json(self.file(layout.FAILURES), {**self.failures(), stage: entry})
+        except OSError as lost:  # such as a full disk, which may be the very failure
+            log.warning("%s: its failure can't be written down (%s): %s", self.path, lost, reason)
 
     def clear_failure(self, stage: Stage) -> None:
         """Forget a stage's failure: it succeeded."""

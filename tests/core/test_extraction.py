@@ -363,7 +363,7 @@ def test_a_feature_that_is_not_finite_names_the_first_tile_of_the_table(
     assert "not finite, first for the tile x176_y0_w16_h16. Nothing was written" in str(done["a"])
     assert done["b"].made_now
     shutil.rmtree(store.slide("b").path)
-    assert store.slide("a").failures()["features"]["kind"] == "HistoEncoderError"
+    assert store.slide("a").failures()["features"]["kind"] == "encoder"
     store.slide("a").clear_failure("features")
     assert contents(store.root) == before
 

@@ -538,7 +538,7 @@ def test_annotations_that_meet_no_tile_are_refused(store: Store) -> None:
     folder = store.slide("a")
     with pytest.raises(LabelError, match=r"a\.geojson: labels none of the 6 tiles of a"):
         label_slide(folder, source_of(), elsewhere, HALF)
-    assert folder.failures()["labels"]["kind"] == "LabelError"
+    assert folder.failures()["labels"]["kind"] == "labels"
     assert not folder.record("labels").exists()
     unplaced = TileSource(
         key_table(["1", "2"], [None, None]), upstream=lambda: "", open=source_of().open
@@ -599,7 +599,7 @@ def test_the_command_warns_of_what_it_can_not_use_and_labels_the_rest(
     assert "tiles.csv, line 2: x and y must be" in error
     assert "c-1.geojson: matches no slide with tiles" in error
     assert "broken.csv: needs the columns" in error
-    assert store.slide("b").failures()["labels"]["kind"] == "LabelError"
+    assert store.slide("b").failures()["labels"]["kind"] == "labels"
     (folder / "tiles.csv").unlink()
     code, _, error = label("--min-share", "0.8")
     assert (code, "labels none of the 2 tiles of a" in error) == (1, True)

@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import pytest
 from making import contents, keys_of, stamp_of
 from PIL import Image
 
-from histoencoder_core.errors import SlideError, StoreError
+from histoencoder_core.errors import KINDS, SlideError, StoreError, WeightsError, kind_of
 from histoencoder_core.store import SlideFolder, Stamp, Store, files, layout
 from histoencoder_core.store.stamp import read_comment, read_stamp
 
@@ -350,14 +351,44 @@ def test_failures_are_remembered_until_the_stage_succeeds(store: Store) -> None:
     folder = store.slide("a")
     folder.record_failure("tiles", SlideError("a.svs: no µm/px", kind="no-mpp"), inputs="f00")
     folder.record_failure("labels", ValueError("x"))
-    assert folder.failures() == {
-        "tiles": {"kind": "no-mpp", "reason": "a.svs: no µm/px", "inputs": "f00"},
-        "labels": {"kind": "ValueError", "reason": "ValueError: x", "inputs": None},
+    failures = folder.failures()
+    assert all(abs(entry.pop("at") - time.time()) < 60 for entry in failures.values())
+    assert failures == {
+        "tiles": {"kind": "no-mpp", "reason": "a.svs: no µm/px", "inputs": "f00", "attempts": 1},
+        "labels": {"kind": "unexpected", "reason": "ValueError: x", "inputs": None, "attempts": 1},
     }
     write_tiles(folder, stamp_of("a"))
     assert list(folder.failures()) == ["labels"]
     folder.clear_failure("labels")
     assert not folder.file(layout.FAILURES).exists()
+
+
+def test_attempts_are_counted_as_long_as_the_inputs_are_the_same(store: Store) -> None:
+    folder = store.slide("a")
+    told = []
+    for inputs in ("f00", "f00", "f00", "f01"):
+        folder.record_failure("tiles", OSError(errno.ENOSPC, "full"), inputs=inputs)
+        told.append((folder.failures()["tiles"]["kind"], folder.failures()["tiles"]["attempts"]))
+    assert told == [("out-of-disk", 1), ("out-of-disk", 2), ("out-of-disk", 3), ("out-of-disk", 1)]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (SlideError("", kind="no-mpp"), "no-mpp"),
+        (WeightsError(""), "weights-missing"),
+        (MemoryError(), "out-of-memory"),
+        (type("OutOfMemoryError", (RuntimeError,), {})(), "out-of-memory"),
+        (OSError(errno.EDQUOT, ""), "out-of-disk"),
+        (OSError(errno.EROFS, ""), "read-only"),
+        (OSError(errno.EIO, ""), "input-output"),
+        (TimeoutError(), "time-limit"),
+        (KeyError(), "unexpected"),
+    ],
+)
+def test_every_failure_is_of_a_kind_that_has_a_remedy(error: Exception, kind: str) -> None:
+    assert kind_of(error) == kind
+    assert KINDS[kind].remedy
 
 
 def test_a_damaged_record_of_failures_stops_nothing(store: Store) -> None:

@@ -495,7 +495,7 @@ def test_histopreps_tiles_are_never_replaced(folder: SlideFolder) -> None:
     before = contents(folder.path)
     with pytest.raises(StoreError, match=r"metadata\.parquet: was not written by this program"):
         cut_tiles(folder, SMALL)
-    assert folder.failures()["tiles"]["kind"] == "StoreError"
+    assert folder.failures()["tiles"]["kind"] == "store"
     folder.clear_failure("tiles")
     assert contents(folder.path) == before
 
