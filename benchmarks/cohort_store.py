@@ -228,6 +228,8 @@ def _describe(cohort: Cohort, folder: SlideFolder, number: int) -> Description:
         size=stat.st_size,
         mtime_ns=stat.st_mtime_ns,
         content=hashlib.sha256(folder.slide_id.encode()).hexdigest(),
+        sample=hashlib.sha256(folder.slide_id.encode()).hexdigest(),
+        whole=None,
         backend="OPENSLIDE",
         vendor="benchmark",
         objective_power=20.0,

@@ -45,6 +45,7 @@ KINDS: dict[str, FailureKind] = {
     ),
     # Its surroundings
     "missing": FailureKind(transient=True, remedy="Mount the folder of slides, or bring it back."),
+    "changing": FailureKind(transient=True, remedy="Wait until it is written; it is tried again."),
     "time-limit": FailureKind(transient=True, remedy="Is the file server slow? Else export it."),
     "out-of-memory": FailureKind(transient=True, remedy="Run fewer things at once."),
     "out-of-disk": FailureKind(transient=True, remedy="Free space in the store."),

@@ -12,10 +12,10 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 Precision = Literal["float32", "float16", "bfloat16"]
 """Types that an encoder can compute in."""
@@ -221,7 +221,8 @@ class PlatformSettings(BaseSettings):
     """Where things are on this deployment, and what it asks of each stage.
 
     Attributes:
-        slides: Folder that scanners write to; searched with its sub-folders.
+        slides: Folders that scanners write to, searched with their sub-folders: a path, or several
+            as a JSON list. The first holds ``slides.csv`` and ``annotations``.
         store: Folder of all outputs.
         annotations: Folder of GeoJSON, mask and CSV annotations; ``<slides>/annotations`` if not
             given.
@@ -235,6 +236,9 @@ class PlatformSettings(BaseSettings):
         batch_size: Tiles a forward pass; by default as suits the device.
         readers: Threads that read tiles; by default one a CPU core.
         slides_per_run: Slides a Dagster run.
+        runs_in_flight: Runs of a stage that may be queued or running at once before more are asked
+            for; what waits stays owed.
+        newest_first: Take up the slides that were scanned last first, not the oldest.
         settle_seconds: A file must have been left alone for so long before it counts as scanned.
         tick_seconds: Time between two looks of Dagster's sensors at what is new and what is due.
         first_fit_slides: Slides with features that call for the cohort's first cluster model.
@@ -245,7 +249,7 @@ class PlatformSettings(BaseSettings):
         env_prefix="HISTOENCODER_", env_nested_delimiter="__", frozen=True, extra="ignore"
     )
 
-    slides: Path = Path("slides")
+    slides: Annotated[tuple[Path, ...], NoDecode] = Field(default=(Path("slides"),), min_length=1)
     store: Path = Path("store")
     annotations: Path | None = None
     sheet: Path | None = None
@@ -256,6 +260,8 @@ class PlatformSettings(BaseSettings):
     batch_size: int | None = Field(default=None, ge=1)
     readers: int | None = Field(default=None, ge=1)
     slides_per_run: int = Field(default=25, ge=1)
+    runs_in_flight: int = Field(default=4, ge=1)
+    newest_first: bool = False
     settle_seconds: float = Field(default=60.0, ge=0)
     tick_seconds: int = Field(default=15, ge=1)
     first_fit_slides: int = Field(default=10, ge=1)
@@ -266,17 +272,25 @@ class PlatformSettings(BaseSettings):
     labels: LabelSettings = LabelSettings()
     annotate: AnnotationSettings = AnnotationSettings()
 
+    @field_validator("slides", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        """A single folder needs no JSON around it."""
+        if isinstance(value, str) and value.lstrip().startswith("["):
+            return json.loads(value)
+        return [value] if isinstance(value, str | Path) else value
+
     @property
     def annotations_folder(self) -> Path:
         """The folder of annotations, whether or not it exists."""
-        return self.annotations or self.slides / "annotations"
+        return self.annotations or self.slides[0] / "annotations"
 
     @property
     def sheet_path(self) -> Path | None:
         """The ``slides.csv`` in use, if there is one."""
         if self.sheet is not None:
             return self.sheet
-        beside = self.slides / "slides.csv"
+        beside = self.slides[0] / "slides.csv"
         return beside if beside.is_file() else None
 
     @property

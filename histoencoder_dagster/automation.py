@@ -1,10 +1,9 @@
-"""When a stage is due: once what it is made from was made anew.
+"""When an asset of the cohort is due: once what it is made from was made anew.
 
-Dagster's own `eager()` loses slides here, in two ways. It asks for a stage and those after it in
-one run, where one bad slide ends the run for all slides of its batch, and takes what that run did
-make for handled. And it takes an update for handled that comes while its target is requested or
-runs. So each stage waits for the one before it, and an update counts until the target is requested
-after it: at worst a stage is asked for once more and finds everything done.
+Dagster's own `eager()` takes an update for handled that comes while its target is requested or
+runs, and waits for ever for a slide that failed. Here an update counts until the target is
+requested after it: at worst an asset is asked for once more and finds everything done. The stages
+of a slide follow each other otherwise, see `sensors.stages`.
 """
 
 import dagster as dg
@@ -13,15 +12,6 @@ _Condition = dg.AutomationCondition
 
 _updated = _Condition.any_deps_match(_Condition.newly_updated()).with_label("any_deps_updated")
 _requested_since = _Condition.newly_requested() & ~_updated
-
-AFTER_ITS_INPUTS = (
-    (_Condition.newly_missing() | _updated).since(_requested_since)
-    & ~_Condition.any_deps_match(_Condition.missing())
-    # Not their backfills: Dagster notices up to half a minute later that one of those has ended.
-    & ~_Condition.any_deps_match(_Condition.run_in_progress())
-    & ~_Condition.in_progress()
-).with_label("after_its_inputs")
-"""For a slide's stage: all that it is made from is there, and some of it is new."""
 
 AFTER_ANY_SLIDE = (_updated.since(_requested_since) & ~_Condition.in_progress()).with_label(
     "after_any_slide"

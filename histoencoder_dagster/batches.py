@@ -1,6 +1,6 @@
 """Running one stage on the slides of a run, so that a bad slide fails alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import dagster as dg
@@ -19,42 +19,48 @@ from histoencoder_core.errors import HistoEncoderError
 Metadata = dict[str, Any]
 
 
-def each_slide(context: dg.AssetExecutionContext, work: Callable[[str], Metadata]) -> None:
+def each_slide(
+    context: dg.AssetExecutionContext, work: Callable[[str], Metadata | None]
+) -> Iterator[dg.MaterializeResult[None]]:
     """Run a stage on every slide of this run; the good ones are recorded when some fail.
 
-    Dagster records none of a ranged run's partitions if the step raises or is cancelled, so those
-    that went well are then recorded one by one. What was computed is in the store either way.
+    Dagster records all of a ranged run's partitions if the step has a result, and none if it raises
+    or is cancelled. Unless all slides went well, those that did are therefore recorded one by one.
+    What was computed is in the store either way.
 
     Args:
         context: Of the asset.
-        work: Runs the stage on a slide and gives the metadata to show.
+        work: Runs the stage on a slide and gives the metadata to show; None, where the asset's
+            output is not required, if there is nothing to record of it.
+
+    Yields:
+        The result, if it is that of all slides.
 
     Raises:
         dagster.Failure: Some slides failed; it names each with its reason. It is not retried: the
             same slide would fail in the same way.
     """
-    provenance = _provenance(context)
+    record = recorder(context)
     good: dict[str, Metadata] = {}
     bad: dict[str, str] = {}
-    finished = False
+    complete = False
     try:
         for slide_id in context.partition_keys:
             try:
-                good[slide_id] = work(slide_id)
+                metadata = work(slide_id)
+                if metadata is not None:
+                    good[slide_id] = metadata
             except HistoEncoderError as error:
                 context.log.error(f"{slide_id} failed: {error}")  # noqa: TRY400 - explains itself
                 bad[slide_id] = str(error)
             except Exception as error:
                 context.log.exception(f"{slide_id} failed")
                 bad[slide_id] = f"{type(error).__name__}: {error}"
-        finished = not bad
+        complete = len(good) == len(context.partition_keys)
     finally:
-        if not finished:
+        if not complete:
             for slide_id, metadata in good.items():
-                event = dg.AssetMaterialization(
-                    context.asset_key, partition=slide_id, metadata=metadata, tags=provenance
-                )
-                context.log_event(event)
+                record(slide_id, metadata)
     if bad:
         told = "; ".join(f"{slide_id}: {reason}" for slide_id, reason in bad.items())
         raise dg.Failure(
@@ -62,8 +68,24 @@ def each_slide(context: dg.AssetExecutionContext, work: Callable[[str], Metadata
             metadata={"failed": dg.MetadataValue.json(bad)},
             allow_retries=False,
         )
-    for slide_id, metadata in good.items():
-        context.add_asset_metadata(metadata, partition_key=slide_id)
+    if complete:
+        for slide_id, metadata in good.items():
+            context.add_asset_metadata(metadata, partition_key=slide_id)
+        yield dg.MaterializeResult()
+
+
+def recorder(context: dg.AssetExecutionContext) -> Callable[[str, Metadata], None]:
+    """The function that records a slide of this asset as Dagster would, also one of no run."""
+    provenance = _provenance(context)
+
+    def record(slide_id: str, metadata: Metadata) -> None:
+        context.log_event(
+            dg.AssetMaterialization(
+                context.asset_key, partition=slide_id, metadata=metadata, tags=provenance
+            )
+        )
+
+    return record
 
 
 def _provenance(context: dg.AssetExecutionContext) -> dict[str, str]:

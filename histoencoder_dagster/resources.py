@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from histoencoder_core.cohort import CatalogSummary, build_catalog
 from histoencoder_core.settings import PlatformSettings
-from histoencoder_core.slides import FoundSlide, Register, Sheet, find_slides
+from histoencoder_core.slides import Arrivals, FoundSlide, Register, Sheet, find_in
 from histoencoder_core.store import Store
 
 if TYPE_CHECKING:
@@ -34,7 +34,15 @@ class Platform:
 
     def register_slides(self) -> dict[str, FoundSlide]:
         """Find all slides and give the new ones their ids."""
-        return Register(self.store).assign(find_slides(self.settings.slides))
+        found, _ = find_in(self.settings.slides)
+        return Register(self.store).assign(found)
+
+    @functools.cached_property
+    def arrivals(self) -> Arrivals:
+        """The folders of slides, watched by this process."""
+        return Arrivals(
+            self.store, self.settings.slides, settle_seconds=self.settings.settle_seconds
+        )
 
     def refresh_catalog(self) -> CatalogSummary:
         """Bring the catalog up to date, with what this deployment asks of each stage."""

@@ -22,7 +22,7 @@ from histoencoder_core.clusters import current_model
 from histoencoder_core.cohort import run_sql, slide_states
 from histoencoder_core.errors import SettingsError, StoreError
 from histoencoder_core.settings import PlatformSettings
-from histoencoder_core.slides import find_slides
+from histoencoder_core.slides import find_in
 from histoencoder_core.store import Store, layout
 
 OptionalStore = Annotated[
@@ -74,7 +74,7 @@ def status(input_dir: OptionalStore = None) -> None:
         store,
         model=current_model(store),
         **expected(deployment),
-        found=find_slides(deployment.slides) if "slides" in deployment.model_fields_set else (),
+        found=find_in(deployment.slides)[0] if "slides" in deployment.model_fields_set else (),
     )
     counts = Counter((str(state.stage), str(state.state)) for state in states)
     slides = len({state.slide for state in states})

@@ -15,18 +15,18 @@ Bar = Callable[[int], None]
 
 
 def each_slide(
-    verb: str, slides: Iterable[str], work: Callable[[str], Stamp], *, describe: str = "tiles"
+    verb: str, slides: Iterable[str], work: Callable[[str], Stamp | str], *, describe: str = "tiles"
 ) -> Counter[str]:
     """Do some work on every slide; one that fails does not stop the others.
 
     Args:
         verb: What is being done, for the progress bar.
         slides: Ids of the slides.
-        work: Does it, and gives the stamp of the result.
+        work: Does it, and gives the stamp of the result; or says why there is none to be made.
         describe: The number in the stamp's result that is worth telling.
 
     Returns:
-        How many were ``made``, ``up to date`` and ``failed``.
+        How many were ``made``, ``up to date``, ``left out`` and ``failed``.
     """
     counts: Counter[str] = Counter()
     listed = list(slides)
@@ -40,12 +40,17 @@ def each_slide(
             told = str(error) if known else f"{type(error).__name__}: {error}"
             _say(f"{slide_id}: {told}", fg="red", err=True)
             continue
+        if isinstance(stamp, str):
+            counts["left out"] += 1
+            _say(f"{slide_id}: {stamp}")
+            continue
         counts["made" if stamp.made_now else "up to date"] += 1
         if stamp.made_now:
             reason = stamp.result.get("reason") or stamp.result.get("note")
             note = f" ({reason})" if reason else ""
             _say(f"{slide_id}: {stamp.result.get(describe, 0)} {describe}{note}")
-    summary = ", ".join(f"{counts[k]} {k}" for k in ("made", "up to date", "failed") if counts[k])
+    ends = ("made", "up to date", "left out", "failed")
+    summary = ", ".join(f"{counts[k]} {k}" for k in ends if counts[k])
     _say(f"{verb}: {len(listed)} slides: {summary or 'nothing to do'}.")
     return counts
 

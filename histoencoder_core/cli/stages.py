@@ -31,7 +31,7 @@ from histoencoder_core.settings import (
     StageSettings,
     TilingSettings,
 )
-from histoencoder_core.slides import Register, Sheet, describe_slide
+from histoencoder_core.slides import Register, Sheet, receive_slide
 from histoencoder_core.slides.find import find_pattern
 from histoencoder_core.store import Stamp, Store
 from histoencoder_core.tiles import TileSource, cut_tiles, tile_source
@@ -156,12 +156,12 @@ def tile(
     store = Store(output)
     slides = Register(store).assign(found)
 
-    def work(slide_id: str) -> Stamp:
-        folder = store.slide(slide_id)
-        slide = slides[slide_id]
-        describe_slide(folder, slide, sheet.row(slide_id, relative=slide.relative))
+    def work(slide_id: str) -> Stamp | str:
+        received = receive_slide(store, slide_id, slides[slide_id], sheet)
+        if received.duplicate_of is not None:
+            return f"has the content of {received.duplicate_of}: it is not computed again"
         return cut_tiles(
-            folder,
+            store.slide(received.slide),
             settings,
             save_images=save_tiles,
             overwrite=overwrite,

@@ -8,11 +8,10 @@ import glob
 import itertools
 import os
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import openslide
+import pydicom
 
 from histoencoder_core.store import layout
 
@@ -22,7 +21,11 @@ OPENSLIDE_SUFFIXES = frozenset(
 SUFFIXES = OPENSLIDE_SUFFIXES | {".czi", ".jpg", ".jpeg"}
 """Suffixes of slide files, in lower case."""
 
+OF_MANY_FILES = frozenset([".mrxs", ".vms", ".vmu", ".dcm"])
+"""Suffixes of slides that are more than one file."""
+
 _NOT_SLIDES = ("annotations",)
+_SLIDEDAT = "Slidedat.ini"
 
 
 @dataclass(frozen=True)
@@ -60,14 +63,16 @@ def find_slides(folder: Path) -> list[FoundSlide]:
     Returns:
         The slides, sorted by their relative path.
     """
-    root = folder.resolve()
-    paths: list[Path] = []
+    root = str(folder.resolve())
+    found: list[str] = []
+    # Text, not paths: an archive of 50,000 slides is looked through every few seconds.
     for parent, folders, names in os.walk(root):
-        if Path(parent, layout.COHORT, layout.REGISTER).is_file():
+        if os.path.isfile(os.path.join(parent, layout.COHORT, layout.REGISTER)):  # noqa: PTH113, PTH118
             folders.clear()  # a store: its pictures are no slides
         folders[:] = [n for n in folders if not n.startswith((".", "_")) and n not in _NOT_SLIDES]
-        paths += _slides_among([Path(parent, name) for name in names])
-    return [FoundSlide(path, path.relative_to(root).as_posix()) for path in sorted(paths)]
+        found += [os.path.join(parent, name) for name in _slides_among(parent, names)]  # noqa: PTH118
+    start = len(root.rstrip("/")) + 1
+    return [FoundSlide(Path(path), path[start:].replace(os.sep, "/")) for path in sorted(found)]
 
 
 def find_pattern(pattern: str) -> list[FoundSlide]:
@@ -94,7 +99,11 @@ def find_pattern(pattern: str) -> list[FoundSlide]:
             # A link keeps its own name, as in a folder: what it points to may be named by a hash.
             folder = match.parent.resolve()
             by_folder[folder].append(folder / match.name)
-    found = [slide for files in by_folder.values() for slide in _slides_among(files)]
+    found = [
+        folder / name
+        for folder, files in by_folder.items()
+        for name in _slides_among(str(folder), [file.name for file in files])
+    ]
     return [FoundSlide(p, Path(os.path.relpath(p, root)).as_posix()) for p in sorted(set(found))]
 
 
@@ -105,51 +114,94 @@ def parts_of(path: Path) -> list[Path]:
     DICOM slide is every file of its series in the same folder.
     """
     suffix = suffix_of(path)
+    if suffix not in OF_MANY_FILES:
+        return [path]
     if suffix == ".mrxs":
         folder = path.with_suffix("")
         return [path, *sorted(p for p in folder.rglob("*") if p.is_file())]
     if suffix in {".vms", ".vmu"}:
         return [path, *_hamamatsu_parts(path)]
-    if suffix == ".dcm":
-        series = _series(path)
-        siblings = (p for p in sorted(path.parent.glob("*")) if suffix_of(p) == ".dcm")
-        return [path, *(p for p in siblings if p != path and _series(p) == series)]
-    return [path]
+    series = _series(path)
+    siblings = (p for p in sorted(path.parent.glob("*")) if suffix_of(p) == ".dcm")
+    return [path, *(p for p in siblings if p != path and _series(p) == series)]
 
 
-def _slides_among(paths: list[Path]) -> Iterator[Path]:
-    """Choose the slides among files of one folder."""
-    candidates = [p for p in sorted(paths) if suffix_of(p) in SUFFIXES and p.name[0] not in ".~"]
+def missing_part(path: Path) -> str | None:
+    """The name of a file that a slide needs and that is not there yet; None if all are.
+
+    An MRXS tells its files in ``Slidedat.ini``, a VMS or VMU in itself. How many files a DICOM
+    series has is told nowhere.
+    """
+    suffix = suffix_of(path)
+    if suffix == ".mrxs":
+        folder = path.with_suffix("")
+        told = _ini(folder / _SLIDEDAT, "utf-8-sig")
+        if told is None:
+            return f"{folder.name}/{_SLIDEDAT}"
+        index = told.get("HIERARCHICAL", "INDEXFILE", fallback=None)
+        data = dict(told["DATAFILE"]) if told.has_section("DATAFILE") else {}
+        names = [
+            index,
+            *(v for k, v in data.items() if k.startswith("file_") and k != "file_count"),
+        ]
+        return next((f"{folder.name}/{n}" for n in names if n and not (folder / n).is_file()), None)
+    if suffix in {".vms", ".vmu"}:
+        told = _ini(path, "latin-1")
+        values = {} if told is None else {k: v for s in told.values() for k, v in s.items()}
+        names = [v for k, v in sorted(values.items()) if k.startswith(("imagefile", "mapfile"))]
+        return next((n for n in names if n and not path.with_name(Path(n).name).is_file()), None)
+    return None
+
+
+def _slides_among(folder: str, names: list[str]) -> list[str]:
+    """Choose the slides among the files of one folder, by their names."""
+    kept = sorted(n for n in names if n[0] not in ".~" and _suffix(n) in SUFFIXES)
+    special = [name for name in kept if _suffix(name) in OF_MANY_FILES]
+    if not special:
+        return kept
     parts = {
-        part
-        for path in candidates
-        if suffix_of(path) in {".vms", ".vmu"}
-        for part in _hamamatsu_parts(path)
+        part.name
+        for name in special
+        if _suffix(name) in {".vms", ".vmu"}
+        for part in _hamamatsu_parts(Path(folder, name))
     }
-    series_seen = set()
-    for path in candidates:
-        if path in parts:
+    series_seen, chosen = set(), []
+    for name in kept:
+        if name in parts:
             continue
-        if suffix_of(path) == ".dcm":
-            series = _series(path)
+        if _suffix(name) == ".dcm":
+            series = _series(Path(folder, name))
             if series in series_seen:
                 continue
             series_seen.add(series)
-        yield path
+        chosen.append(name)
+    return chosen
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()  # noqa: PTH122
+
+
+def _ini(path: Path, encoding: str) -> configparser.ConfigParser | None:
+    """A text of sections and keys, in lower case; None if it is not there or is something else."""
+    parser = configparser.ConfigParser(strict=False, interpolation=None)
+    try:
+        parser.read_string(path.read_text(encoding))
+    except (OSError, UnicodeDecodeError, configparser.Error):
+        return None
+    return parser
 
 
 def _hamamatsu_parts(path: Path) -> list[Path]:
-    parser = configparser.ConfigParser(strict=False, interpolation=None)
-    try:
-        parser.read_string(path.read_text("latin-1"))
-    except (OSError, configparser.Error):
-        return []
-    named = {value for section in parser.values() for value in section.values()}
+    told = _ini(path, "latin-1")
+    named = (
+        {v for section in told.values() for v in section.values()} if told is not None else set()
+    )
     return sorted(p for name in named if name and (p := path.with_name(Path(name).name)).is_file())
 
 
 def _series(path: Path) -> str:
-    """The series a DICOM file belongs to; a file that can't be opened is its own."""
+    """The series a DICOM file belongs to; a file that can't be read as DICOM is its own."""
     try:
         stat = path.stat()
     except OSError:  # a link to nowhere
@@ -159,8 +211,11 @@ def _series(path: Path) -> str:
 
 @functools.lru_cache(maxsize=65536)
 def _dicom_series(path: str, size: int, mtime_ns: int) -> str:  # noqa: ARG001 - the cache's key
+    # Not by a native reader: nothing is known of the file yet, and finding it must be safe.
     try:
-        with openslide.OpenSlide(path) as slide:
-            return str(slide.properties["dicom.SeriesInstanceUID"])
-    except (openslide.OpenSlideError, KeyError):
+        header = pydicom.dcmread(
+            path, stop_before_pixels=True, specific_tags=["SeriesInstanceUID"], force=False
+        )
+        return str(header.SeriesInstanceUID)
+    except Exception:  # noqa: BLE001 - whatever it is, it is found out when the slide is opened
         return path

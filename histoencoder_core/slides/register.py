@@ -9,16 +9,16 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from filelock import FileLock
 
-from histoencoder_core.errors import SlideError
-from histoencoder_core.slides.content import content_fingerprint, signature
+from histoencoder_core.slides.content import signature
 from histoencoder_core.slides.find import FoundSlide
-from histoencoder_core.slides.reader import open_slide
 from histoencoder_core.store import Store, files, layout
 
 log = logging.getLogger(__name__)
@@ -40,6 +40,14 @@ class Entry:
     relative: str
 
 
+@dataclass(frozen=True)
+class _Content:
+    """What the register's file holds: slides, and ids that turned out to be another slide."""
+
+    slides: dict[str, Entry]
+    aliases: dict[str, str]
+
+
 class Register:
     """Slide ids and the files they stand for.
 
@@ -52,14 +60,11 @@ class Register:
 
     def entries(self) -> dict[str, Entry]:
         """All registered slides by id, in the order they were registered."""
-        try:
-            content = files.read_json(self.store.register_path)
-            return {slide_id: Entry(**entry) for slide_id, entry in content["slides"].items()}
-        except FileNotFoundError:
-            return self._rebuilt()
-        except (ValueError, KeyError, TypeError, AttributeError):
-            log.warning("%s is damaged; rebuilding it", self.store.register_path)
-            return self._rebuilt()
+        return self._read().slides
+
+    def aliases(self) -> dict[str, str]:
+        """Ids that files had until it was found out which slide they are, with that slide's id."""
+        return self._read().aliases
 
     def assign(self, slides: Iterable[FoundSlide]) -> dict[str, FoundSlide]:
         """Register slides that are new, and tell all their ids.
@@ -74,41 +79,83 @@ class Register:
             The slides by id, in the order given.
         """
         found = list(slides)
+        with self._changing() as (entries, aliases):
+            known = {entry.path: slide_id for slide_id, entry in entries.items()}
+            unknown = [slide for slide in found if str(slide.path) not in known]
+            # Looking into all folders of the store takes seconds.
+            taken = self._taken(entries, aliases) if unknown else set()
+            places: dict[str, list[str]] = defaultdict(list)
+            for slide_id, entry in entries.items() if unknown else ():
+                places[entry.relative].append(slide_id)
+            for slide in unknown:
+                mounted = self._mounted_elsewhere(slide, places[slide.relative], entries)
+                slide_id = mounted or new_id(slide, taken)
+                if mounted is None:
+                    taken.add(slide_id.casefold())
+                    places[slide.relative].append(slide_id)
+                entries[slide_id] = Entry(str(slide.path), slide.relative)
+                known[str(slide.path)] = slide_id
+        return {known[str(slide.path)]: slide for slide in found}
+
+    def moved(self, alias: str, slide_id: str, found: FoundSlide) -> None:
+        """A file that was taken for a new slide is one that was registered before.
+
+        Args:
+            alias: The id that the file was registered under; it is never given again.
+            slide_id: The slide that it is.
+            found: The file.
+        """
+        with self._changing() as (entries, aliases):
+            entries.pop(alias, None)
+            entries[slide_id] = Entry(str(found.path), found.relative)
+            aliases[alias] = slide_id
+
+    def _read(self) -> _Content:
+        try:
+            content = files.read_json(self.store.register_path)
+            slides = {slide_id: Entry(**entry) for slide_id, entry in content["slides"].items()}
+            return _Content(slides, dict(content.get("aliases", {})))
+        except FileNotFoundError:
+            return _Content(self._rebuilt(), {})
+        except (ValueError, KeyError, TypeError, AttributeError):
+            log.warning("%s is damaged; rebuilding it", self.store.register_path)
+            return _Content(self._rebuilt(), {})
+
+    @contextmanager
+    def _changing(self) -> Iterator[tuple[dict[str, Entry], dict[str, str]]]:
+        """Change the register, while no other process does."""
         self.store.cohort.mkdir(parents=True, exist_ok=True)
         with FileLock(self.store.register_path.with_suffix(".lock")):
-            entries = self.entries()
-            known = {entry.path: slide_id for slide_id, entry in entries.items()}
-            taken = {slide_id.casefold() for slide_id in entries} | self._folders_in_use()
-            assigned, changed = {}, not self.store.register_path.exists()
-            for slide in found:
-                slide_id = known.get(str(slide.path)) or self._moved(slide, entries)
-                if slide_id is None:
-                    slide_id = new_id(slide, taken)
-                    taken.add(slide_id.casefold())
-                entry = Entry(str(slide.path), slide.relative)
-                if entries.get(slide_id, entry).path != entry.path or slide_id not in entries:
-                    entries[slide_id] = entry
-                    changed = True
-                assigned[slide_id] = slide
-            if changed:
-                content = {slide_id: asdict(entry) for slide_id, entry in entries.items()}
-                files.write_json(self.store.register_path, {"version": 1, "slides": content})
-        return assigned
+            content = self._read()
+            slides, aliases = dict(content.slides), dict(content.aliases)
+            yield slides, aliases
+            if _Content(slides, aliases) != content or not self.store.register_path.exists():
+                told = {slide_id: asdict(entry) for slide_id, entry in slides.items()}
+                files.write_json(
+                    self.store.register_path, {"version": 1, "slides": told, "aliases": aliases}
+                )
 
-    def _moved(self, slide: FoundSlide, entries: dict[str, Entry]) -> str | None:
+    def _mounted_elsewhere(
+        self, slide: FoundSlide, candidates: list[str], entries: dict[str, Entry]
+    ) -> str | None:
         """A slide whose whole folder is now mounted elsewhere keeps its id.
 
         The same relative path is not enough: while one share is away, another may hold a slide of
-        that name. Its content tells.
+        that name. Nor is its content read here, where thousands may be registered at once: if size
+        and time differ, it is registered as new, and recognised when it is taken up.
         """
-        for slide_id, entry in entries.items():
-            if entry.relative == slide.relative and not Path(entry.path).exists():
-                folder = self.store.slide(slide_id)
-                if folder.stamp("slides") is None:
-                    return slide_id  # it was never opened, so there is nothing to mix up
-                told = files.read_json(folder.record("slides"))
-                if told["size"] == signature(slide.path)[0] and told["content"] == _content(slide):
+        for slide_id in candidates:
+            if Path(entries[slide_id].path).exists():
+                continue
+            folder = self.store.slide(slide_id)
+            if folder.stamp("slides") is None:
+                return slide_id  # it was never opened, so there is nothing to mix up
+            told = files.read_json(folder.record("slides"))
+            try:
+                if (told["size"], told["mtime_ns"]) == signature(slide.path):
                     return slide_id
+            except FileNotFoundError:  # taken away in between
+                continue
         return None
 
     def _rebuilt(self) -> dict[str, Entry]:
@@ -119,30 +166,24 @@ class Register:
             if folder.stamp("slides") is not None:
                 source = files.read_json(folder.record("slides"))
             else:
-                source = folder.failures().get("slides", {}).get("inputs") or {}
+                failure = folder.failures().get("slides", {})
+                source = folder.duplicate() or failure.get("inputs") or {}
             if "path" in source and "relative_path" in source:
                 entries[slide_id] = Entry(source["path"], source["relative_path"])
         return entries
 
-    def _folders_in_use(self) -> set[str]:
-        """Names of folders that hold results or another program's files."""
-        return {
+    def _taken(self, entries: Iterable[str], aliases: Iterable[str]) -> set[str]:
+        """Ids that can't be given, case-folded: also folders of results, or of other programs."""
+        registered = {slide_id.casefold() for slide_id in (*entries, *aliases)}
+        others = [s for s in self.store.slide_ids() if s.casefold() not in registered]
+        return registered | {
             slide_id.casefold()
-            for slide_id in self.store.slide_ids()
+            for slide_id in others
             if any(
                 entry.name != layout.FAILURES and not entry.name.startswith(".")
                 for entry in self.store.slide(slide_id).path.iterdir()
             )
         }
-
-
-def _content(slide: FoundSlide) -> str | None:
-    """Fingerprint of a slide's content; None if it can't be opened."""
-    try:
-        with open_slide(slide.path) as opened:
-            return content_fingerprint(slide.path, quickhash=opened.properties.get("quickhash"))
-    except SlideError:
-        return None
 
 
 def plain_id(path: Path) -> str:

@@ -114,6 +114,8 @@ class SlideFolder:
         if self.stamp(stage) is not None:
             self._retire(stage, successor=None)
             files.remove(self.record(stage))
+            if stage == "slides":
+                files.remove(self.file(layout.THUMBNAIL))
         self.clear_failure(stage)
 
     def versions(self) -> list[tuple[Stamp, Path]]:
@@ -135,6 +137,18 @@ class SlideFolder:
         except (FileNotFoundError, ValueError):
             return {}
         return content if isinstance(content, dict) else {}
+
+    def duplicate(self) -> dict[str, Any] | None:
+        """What is known of a slide that has the content of another, ``of``, and is never computed.
+
+        Beside the other's id it tells what was looked at: ``path, relative_path, size, mtime_ns,
+        sheet``.
+        """
+        try:
+            content = files.read_json(self.file(layout.DUPLICATE))
+        except (FileNotFoundError, ValueError):
+            return None
+        return content if isinstance(content, dict) and "of" in content else None
 
     def record_failure(self, stage: Stage, error: Exception, *, inputs: Any = None) -> None:
         """Remember why a stage failed, for ``status``, the catalog, and whoever tries again.

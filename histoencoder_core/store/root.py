@@ -52,6 +52,21 @@ class Store:
         return self.cohort / layout.REGISTER
 
     @property
+    def contents(self) -> Path:
+        """The folder of slides' contents, one small file each."""
+        return self.cohort / "contents"
+
+    @property
+    def arrivals_path(self) -> Path:
+        """What was last seen of files that are not slides of this store yet, or not any more."""
+        return self.cohort / "arrivals.json"
+
+    @property
+    def annotations_seen_path(self) -> Path:
+        """What the platform last saw of annotations."""
+        return self.cohort / "annotations_seen.json"
+
+    @property
     def catalog_path(self) -> Path:
         """The published DuckDB catalog."""
         return self.cohort / "catalog.duckdb"

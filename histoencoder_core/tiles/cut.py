@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -13,7 +12,13 @@ import pyarrow as pa
 
 from histoencoder_core.errors import SlideError
 from histoencoder_core.settings import TilingSettings
-from histoencoder_core.slides import Description, Slide, open_slide, read_description
+from histoencoder_core.slides import (
+    Description,
+    Slide,
+    open_slide,
+    read_description,
+    unchanged,
+)
 from histoencoder_core.slides.backends import pad_white
 from histoencoder_core.slides.describe import THUMBNAIL_DIMENSION
 from histoencoder_core.store import SlideFolder, Stamp, layout
@@ -95,8 +100,8 @@ def _cut(
 ) -> Stamp:
     started = time.perf_counter()
     grid = plan_grid(slide, settings)
-    path = Path(slide.path)
-    with open_slide(path) as opened, folder.writing("tiles") as writer:
+    # The file is looked at once more before the tiles are put in place.
+    with folder.writing("tiles") as writer, unchanged(slide) as path, open_slide(path) as opened:
         overview = opened.overview(settings.max_dimension)
         tissue = find_tissue(overview, settings, path=path)
         places, background = lay_grid(

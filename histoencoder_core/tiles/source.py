@@ -13,7 +13,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from histoencoder_core.errors import SlideError, StoreError
 from histoencoder_core.settings import fingerprint
-from histoencoder_core.slides import read_description
+from histoencoder_core.slides import read_description, unchanged
 from histoencoder_core.slides.images import image_size
 from histoencoder_core.store import SlideFolder, Stamp, Store, layout
 from histoencoder_core.store.tables import Place, key_table, place_of, read_keys, read_table
@@ -250,16 +250,17 @@ def _own_tiles(folder: SlideFolder, stamp: Stamp) -> TileSource:
     return TileSource(keys, pixels, lambda: _open_slide_tiles(folder, table))
 
 
-def _open_slide_tiles(
-    folder: SlideFolder, table: pa.Table
-) -> contextlib.AbstractContextManager[TilePixels]:
+@contextlib.contextmanager
+def _open_slide_tiles(folder: SlideFolder, table: pa.Table) -> Iterator[TilePixels]:
     description = read_description(folder)
     if description is None:
         raise StoreError(
             f"{folder.path}: says nothing of where its slide is; run the slides stage."
         )
     places = list(zip(*(table.column(name).to_pylist() for name in "xywh"), strict=True))
-    return open_slide_tiles(Path(description.path), places, table.column("level").to_pylist())
+    levels = table.column("level").to_pylist()
+    with unchanged(description) as path, open_slide_tiles(path, places, levels) as pixels:
+        yield pixels
 
 
 def _listed_images(store: Store, rows: list[TileRow]) -> TileSource:

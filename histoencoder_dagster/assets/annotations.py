@@ -18,7 +18,7 @@ from histoencoder_core.errors import ClusterError
 from histoencoder_core.store import layout
 from histoencoder_dagster.assets.clusters import clusters
 from histoencoder_dagster.assets.cohort import catalog
-from histoencoder_dagster.automation import AFTER_ITS_INPUTS, WITH_ITS_INPUTS
+from histoencoder_dagster.automation import WITH_ITS_INPUTS
 from histoencoder_dagster.batches import Metadata, each_slide
 from histoencoder_dagster.metadata import result_metadata, table_metadata
 from histoencoder_dagster.partitions import slide_partitions
@@ -112,9 +112,10 @@ def annotation_accuracy(
     deps=[clusters, cluster_labels],
     group_name="slide",
     kinds={"geojson"},
-    automation_condition=AFTER_ITS_INPUTS,
 )
-def annotations(context: dg.AssetExecutionContext, platform: dg.ResourceParam[Platform]) -> None:
+def annotations(
+    context: dg.AssetExecutionContext, platform: dg.ResourceParam[Platform]
+) -> Iterator[dg.MaterializeResult[None]]:
     """The slide's tissue by what its clusters mean, as GeoJSON that QuPath opens.
 
     Tiles whose cluster abstains are left out. ``accuracy_held_out`` and the numbers beside it tell
@@ -139,7 +140,7 @@ def annotations(context: dg.AssetExecutionContext, platform: dg.ResourceParam[Pl
             **of_cohort,
         }
 
-    each_slide(context, annotate)
+    yield from each_slide(context, annotate)
 
 
 def _fingerprint_before(context: dg.AssetExecutionContext) -> str | None:

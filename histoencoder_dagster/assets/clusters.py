@@ -1,5 +1,7 @@
 """Clusters: a model over the cohort, then each slide assigned to it."""
 
+from collections.abc import Iterator
+
 import dagster as dg
 
 from histoencoder_core.clusters import (
@@ -11,7 +13,6 @@ from histoencoder_core.clusters import (
 from histoencoder_core.errors import ClusterError
 from histoencoder_core.store import layout
 from histoencoder_dagster.assets.features import features
-from histoencoder_dagster.automation import AFTER_ITS_INPUTS
 from histoencoder_dagster.batches import Metadata, each_slide
 from histoencoder_dagster.metadata import result_metadata
 from histoencoder_dagster.partitions import slide_partitions
@@ -62,9 +63,10 @@ def cluster_model(
     deps=[features, cluster_model],
     group_name="slide",
     kinds={"parquet"},
-    automation_condition=AFTER_ITS_INPUTS,
 )
-def clusters(context: dg.AssetExecutionContext, platform: dg.ResourceParam[Platform]) -> None:
+def clusters(
+    context: dg.AssetExecutionContext, platform: dg.ResourceParam[Platform]
+) -> Iterator[dg.MaterializeResult[None]]:
     """The cluster of each of the slide's tiles, by the cohort's current model."""
     store = platform.store
     model = current_model(store)
@@ -76,4 +78,4 @@ def clusters(context: dg.AssetExecutionContext, platform: dg.ResourceParam[Platf
         stamp = assign_slide(folder, model)
         return result_metadata(folder, stamp, layout.THUMBNAIL_CLUSTERS)
 
-    each_slide(context, assign)
+    yield from each_slide(context, assign)

@@ -1,11 +1,11 @@
 """Features: tiles through an encoder, on a GPU where there is one."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import dagster as dg
 
 from histoencoder_dagster.assets.tiles import tiles
-from histoencoder_dagster.automation import AFTER_ITS_INPUTS
 from histoencoder_dagster.batches import each_slide
 from histoencoder_dagster.metadata import result_metadata
 from histoencoder_dagster.partitions import slide_partitions
@@ -38,11 +38,12 @@ GPU_TAGS: dict[str, Any] = {
     deps=[tiles],
     group_name="slide",
     kinds={"pytorch", "parquet"},
-    automation_condition=AFTER_ITS_INPUTS,
     op_tags=GPU_TAGS,
     pool="gpu",
 )
-def features(context: dg.AssetExecutionContext, platform: dg.ResourceParam[Platform]) -> None:
+def features(
+    context: dg.AssetExecutionContext, platform: dg.ResourceParam[Platform]
+) -> Iterator[dg.MaterializeResult[None]]:
     """A feature vector for each tile, by the deployment's encoder."""
     from histoencoder_core.features import extract_slides  # takes seconds; see Platform.runner
 
@@ -50,4 +51,6 @@ def features(context: dg.AssetExecutionContext, platform: dg.ResourceParam[Platf
     with extract_slides(
         store, context.partition_keys, platform.runner, readers=readers
     ) as extracted:
-        each_slide(context, lambda s: result_metadata(store.slide(s), extracted[s].result()))
+        yield from each_slide(
+            context, lambda s: result_metadata(store.slide(s), extracted[s].result())
+        )

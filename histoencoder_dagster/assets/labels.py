@@ -1,5 +1,6 @@
 """Labels: what people say of the slide's tiles."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import dagster as dg
@@ -16,7 +17,9 @@ from histoencoder_dagster.resources import Platform
 
 
 @dg.asset(partitions_def=slide_partitions, deps=[tiles], group_name="slide", kinds={"geojson"})
-def labels(context: dg.AssetExecutionContext, platform: dg.ResourceParam[Platform]) -> None:
+def labels(
+    context: dg.AssetExecutionContext, platform: dg.ResourceParam[Platform]
+) -> Iterator[dg.MaterializeResult[None]]:
     """A label for each annotated tile. Only slides with annotations have this.
 
     It is requested by the sensor `new_annotations`, not by new tiles: most slides have no
@@ -38,7 +41,7 @@ def labels(context: dg.AssetExecutionContext, platform: dg.ResourceParam[Platfor
         counts = {name: dg.MetadataValue.json(stamp.result[name]) for name in ("labels", "by")}
         return {**result_metadata(folder, stamp, layout.THUMBNAIL_LABELS), **counts}
 
-    each_slide(context, label)
+    yield from each_slide(context, label)
 
 
 def _withdraw(folder: SlideFolder, annotations: Path) -> Metadata:

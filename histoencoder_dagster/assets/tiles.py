@@ -1,12 +1,13 @@
 """Tiles: where there is tissue, and how good they are."""
 
+from collections.abc import Iterator
+
 import dagster as dg
 
 from histoencoder_core.slides import read_description
 from histoencoder_core.store import layout
 from histoencoder_core.tiles import cut_tiles, tile_source
 from histoencoder_dagster.assets.slides import slides
-from histoencoder_dagster.automation import AFTER_ITS_INPUTS
 from histoencoder_dagster.batches import Metadata, each_slide
 from histoencoder_dagster.metadata import result_metadata
 from histoencoder_dagster.partitions import slide_partitions
@@ -18,9 +19,10 @@ from histoencoder_dagster.resources import Platform
     deps=[slides],
     group_name="slide",
     kinds={"parquet"},
-    automation_condition=AFTER_ITS_INPUTS,
 )
-def tiles(context: dg.AssetExecutionContext, platform: dg.ResourceParam[Platform]) -> None:
+def tiles(
+    context: dg.AssetExecutionContext, platform: dg.ResourceParam[Platform]
+) -> Iterator[dg.MaterializeResult[None]]:
     """The slide's tiles with tissue: place, resolution, share of background, quality metrics."""
     store = platform.store
 
@@ -34,4 +36,4 @@ def tiles(context: dg.AssetExecutionContext, platform: dg.ResourceParam[Platform
         pictures = (layout.THUMBNAIL_TILES, layout.THUMBNAIL_TISSUE)
         return result_metadata(folder, stamp, *pictures)
 
-    each_slide(context, cut)
+    yield from each_slide(context, cut)

@@ -5,6 +5,7 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import dagster as dg
 import numpy as np
@@ -22,8 +23,9 @@ from histoencoder_core.settings import (
 )
 from histoencoder_core.store import Store
 from histoencoder_dagster.definitions import platform_definitions
+from histoencoder_dagster.jobs import STAGE_JOBS
 from histoencoder_dagster.partitions import SLIDES
-from histoencoder_dagster.sensors import RANGE_END, RANGE_START, contiguous_batches
+from histoencoder_dagster.sensors.batches import RANGE_END, RANGE_START, contiguous_batches
 
 STAGES = ("slides", "tiles", "features", "clusters", "labels", "annotations")
 COHORT = (
@@ -81,6 +83,11 @@ class Deployment:
         self.use(self.settings.model_copy(update=changes))
 
     @property
+    def slides(self):
+        """The folder of slides."""
+        return self.settings.slides[0]
+
+    @property
     def store(self):
         return Store(self.settings.store)
 
@@ -89,18 +96,18 @@ class Deployment:
 
     # Slides
 
-    def drop(self, *names, **how):
-        """Scan slides; the last name's path is given."""
-        for number, name in enumerate(names):
-            path = self.settings.slides / name
+    def drop(self, *names, seed=0, **how):
+        """Scan slides, each of another content; the last name's path is given."""
+        for number, name in enumerate(names, seed):
+            path = self.slides / name
             path = _write_slide(
                 path if path.suffix else path.with_suffix(".tiff"), seed=number, **how
             )
         return path
 
     def drop_broken(self, name):
-        self.settings.slides.mkdir(exist_ok=True)
-        path = self.settings.slides / name
+        self.slides.mkdir(exist_ok=True)
+        path = self.slides / name
         path.write_bytes(b"II*\0 no slide at all")
         return path
 
@@ -170,7 +177,7 @@ class Deployment:
         return result
 
     def due(self, **when):
-        """Evaluate the automation once: ``{asset or check: slides}``, the cohort's ``{None}``."""
+        """Tick once what follows: ``{asset or check: slides}``, the cohort's ``{None}``."""
         result = dg.evaluate_automation_conditions(
             defs=self.defs, instance=self.instance, cursor=self.cursors.get("automation"), **when
         )
@@ -183,6 +190,16 @@ class Deployment:
                 due[one.key.name] = {None}
             else:
                 due[one.key.path[-1]] = set(result.get_requested_partitions(one.key))
+        return due | self.due_stages()
+
+    def due_stages(self):
+        """Tick the sensor of stages once: ``{stage: slides}``."""
+        result, order = self.tick("next_stages"), self.partitions()
+        due = {}
+        for request in [] if isinstance(result, dg.SkipReason) else result.run_requests:
+            [stage] = [s for s, job in STAGE_JOBS.items() if job.name == request.job_name]
+            first, last = (order.index(request.tags[end]) for end in (RANGE_START, RANGE_END))
+            due.setdefault(stage, set()).update(order[first : last + 1])
         return due
 
     def follow(self, *, ticks=12):
@@ -249,7 +266,7 @@ def _deployed(folder):
         encoder=EncoderSettings(name="untrained:test_resnet", input_size=32),
         clusters=ClusterSettings(n_clusters=(2, 3)),
     )
-    settings.slides.mkdir()
+    settings.slides[0].mkdir()
     with dg.DagsterInstance.ephemeral() as instance:
         yield Deployment(settings, instance)
 
@@ -279,10 +296,16 @@ def write_slide():
 def clock(monkeypatch):
     """A clock that can be put forward: ``clock(seconds)``."""
     passed = [0.0]
-    real = time.time
-    monkeypatch.setattr(
-        "histoencoder_dagster.sensors.time", type("Time", (), {"time": lambda: real() + passed[0]})
+    real, steady = time.time, time.monotonic
+    shifted = SimpleNamespace(
+        time=lambda: real() + passed[0], monotonic=lambda: steady() + passed[0]
     )
+    for module in (
+        "histoencoder_core.slides.arrivals",
+        "histoencoder_dagster.sensors.slides",
+        "histoencoder_dagster.sensors.stages",
+    ):
+        monkeypatch.setattr(f"{module}.time", shifted)
 
     def put_forward(seconds):
         passed[0] += seconds

@@ -14,7 +14,7 @@ from PIL import Image
 from histoencoder_core.features import encoders
 from histoencoder_core.settings import ClusterSettings, EncoderSettings, TilingSettings
 from histoencoder_core.tiles import cut_tiles
-from histoencoder_dagster.sensors import RANGE_END, RANGE_START
+from histoencoder_dagster.sensors.batches import RANGE_END, RANGE_START
 
 
 def failure(run, step):
@@ -59,7 +59,7 @@ def test_a_broken_slide_in_the_middle_of_a_batch_fails_alone(deployment):
 def test_odd_files_fail_one_by_one_and_harm_no_other(deployment, test_data):
     odd = [p for p in (test_data / "odd").iterdir() if p.suffix in {".svs", ".tif", ".tiff"}]
     for path in odd:
-        shutil.copy(path, deployment.settings.slides)
+        shutil.copy(path, deployment.slides)
     deployment.add("a_good", "z_good")
     reasons = failure(deployment.run("slides"), "slides")
     reasons |= failure(deployment.run("tiles"), "tiles")
@@ -79,7 +79,7 @@ def test_a_rerun_of_the_batch_computes_only_what_failed(deployment):
     deployment.drop_broken("b.tiff")
     deployment.register()
     deployment.run("slides")
-    deployment.drop("b")
+    deployment.drop("b", seed=2)
     assert deployment.run("slides").success
     recomputed = {s: deployment.metadata("slides", s)["recomputed"] for s in "abc"}
     assert recomputed == {"a": False, "b": True, "c": False}
@@ -101,7 +101,7 @@ def test_each_stage_fails_alone_and_says_why(deployment):
     assert list(failure(run, "clusters")) == ["b"]
     assert deployment.recorded("clusters") == {"a", "c"}
     # The slide's resolution is made known: it alone is computed.
-    (deployment.settings.slides / "slides.csv").write_text("slide,mpp\nb,0.5\n")
+    (deployment.slides / "slides.csv").write_text("slide,mpp\nb,0.5\n")
     for stage in ("slides", "tiles", "features", "clusters"):
         assert deployment.run(stage).success
         recomputed = {s: deployment.metadata(stage, s)["recomputed"] for s in "abc"}
@@ -203,7 +203,7 @@ def test_clusters_without_a_model_say_what_to_run(deployment):
 
 
 def test_every_slide_shows_small_pictures_and_plain_numbers(deployment, test_data):
-    shutil.copy(test_data / "slides" / "CMU-1-Small-Region.svs", deployment.settings.slides)
+    shutil.copy(test_data / "slides" / "CMU-1-Small-Region.svs", deployment.slides)
     deployment.change(
         tiling=TilingSettings(mpp=1.0, tile_px=256),
         encoder=EncoderSettings(name="untrained:test_resnet", input_size=64),

@@ -1,0 +1,332 @@
+"""Watching the folders of slides: what has arrived, what is still being written, what is gone.
+
+::
+
+    folders ──▶ files there ──┬─ changed since the last look, or young ──▶ waiting
+                              ├─ a part is not there yet ────────────────▶ waiting
+                              ├─ taken up as it is now ──────────────────▶ nothing to do
+                              └─ else ───────────────────────────────────▶ ready
+    register ──▶ slides whose file is not among them ────────────────────▶ absent
+
+What is owed follows from the files and from the store, never from what was asked for before: a
+crash loses nothing, and nothing is computed twice. What a look remembers for the next is only kept
+in memory; after a restart it takes two looks more.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from histoencoder_core.slides.content import signature
+from histoencoder_core.slides.describe import was_tried
+from histoencoder_core.slides.find import FoundSlide, find_slides, missing_part
+from histoencoder_core.slides.register import Entry, Register
+from histoencoder_core.slides.sheet import Sheet
+from histoencoder_core.store import Store, files
+from histoencoder_core.store.failures import due_again
+
+NEVER_SETTLES = 3600.0
+"""Seconds after which a file that is still not whole is worth a warning."""
+
+Signature = tuple[int, int]
+"""Size in bytes and modification time in nanoseconds."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A slide to take up.
+
+    Attributes:
+        found: Its file.
+        signature: The file's size and time.
+        slide: Its id, if it has one.
+    """
+
+    found: FoundSlide
+    signature: Signature
+    slide: str | None
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A file that is not whole yet.
+
+    Attributes:
+        path: Its absolute path.
+        relative: Its path relative to its folder of slides.
+        since: When it was first seen like that, in seconds since 1970.
+        reason: What it waits for.
+    """
+
+    path: str
+    relative: str
+    since: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one look has found.
+
+    Attributes:
+        ready: Slides to take up, the oldest file first.
+        registered: Ids of all slides that are registered.
+        described: Slides that are described as they are now.
+        waiting: Files that are not whole yet.
+        absent: Slides whose file is gone.
+        away: Folders of slides that are not there: of their slides nothing is known.
+        retry: Slides with a later stage that failed and may be tried again now, by stage.
+        unlooked: Number of slides that there was no time to look into; they come next.
+    """
+
+    ready: list[Ready]
+    registered: list[str]
+    described: list[str]
+    waiting: list[Waiting]
+    absent: list[str]
+    away: list[Path]
+    retry: dict[str, list[str]]
+    unlooked: int
+
+
+@dataclass(frozen=True)
+class _Stillness:
+    """How long a file has been the same, by a clock that nobody sets."""
+
+    signature: Signature
+    first_seen: float
+    still_since: float
+    looks: int
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """What a slide's folder said when it was last read.
+
+    Attributes:
+        changed: When the folder last changed: while that stands, it says the same.
+        asked: The file and the row of ``slides.csv`` that it was asked about.
+        tried: Whether those were taken up, or failed to be.
+        original: Of a duplicate, the slide that it repeats and that one's size and time.
+        failures: See `SlideFolder.failures`.
+    """
+
+    changed: int
+    asked: tuple[Any, ...]
+    tried: bool
+    original: tuple[str, Signature] | None
+    failures: Mapping[str, Mapping[str, Any]]
+
+
+class Arrivals:
+    """The folders of slides, from one look to the next.
+
+    Attributes:
+        store: The store that slides are taken up into.
+        folders: The folders of slides.
+        settle_seconds: A file must have been left alone for so long.
+    """
+
+    def __init__(self, store: Store, folders: Sequence[Path], *, settle_seconds: float) -> None:
+        self.store, self.folders, self.settle_seconds = store, folders, settle_seconds
+        self._stillness: dict[str, _Stillness] = {}
+        self._folders: dict[str, _Folder] = {}
+
+    def look(self, sheet: Sheet, *, seconds: float = float("inf")) -> Look:
+        """Look at all files.
+
+        Args:
+            sheet: The table of slides: a slide whose row has changed is taken up again.
+            seconds: Stop reading slides' folders after this time; the rest comes next time.
+
+        Returns:
+            What was found.
+        """
+        end, now = time.monotonic() + seconds, time.time()
+        entries = Register(self.store).entries()
+        by_path = {entry.path: slide_id for slide_id, entry in entries.items()}
+        here, away = find_in(self.folders)
+        signs = _signatures(here)
+        by_id = {by_path[path]: sign for path, sign in signs.items() if path in by_path}
+        ready: list[Ready] = []
+        described: list[str] = []
+        waiting: list[Waiting] = []
+        stillness: dict[str, _Stillness] = {}
+        unlooked = 0
+        for found in here:
+            path = str(found.path)
+            sign, slide_id = signs.get(path), by_path.get(path)
+            if sign is None:
+                continue
+            if slide_id is not None:
+                folder = self._look_into(slide_id, found, sign, sheet, end)
+                unlooked += folder is None
+                if folder is None:
+                    continue
+                if _is_done(folder, by_id, now):
+                    if "slides" not in folder.failures and folder.original is None:
+                        described.append(slide_id)
+                    continue
+            stillness[path] = seen = self._seen(path, sign, now)
+            reason = self._why_wait(found.path, seen, now)
+            if reason is None:
+                ready.append(Ready(found, sign, slide_id))
+            else:
+                waiting.append(Waiting(path, found.relative, seen.first_seen, reason))
+        self._stillness = stillness
+        return Look(
+            ready=sorted(ready, key=lambda it: (it.signature[1], it.found.relative)),
+            registered=list(entries),
+            described=described,
+            waiting=waiting,
+            absent=_absent(entries, by_id, away),
+            away=away,
+            retry=self._retry(by_id, now),
+            unlooked=unlooked,
+        )
+
+    def _look_into(
+        self, slide_id: str, found: FoundSlide, sign: Signature, sheet: Sheet, end: float
+    ) -> _Folder | None:
+        """What a slide's folder says of its file; None if there is no time to read it."""
+        row = sheet.row(slide_id, relative=found.relative)
+        asked = (str(found.path), sign, row)
+        folder = self.store.slide(slide_id)
+        changed = _changed(folder.path)
+        known = self._folders.get(slide_id)
+        if known is not None and (known.changed, known.asked) == (changed, asked):
+            return known
+        if time.monotonic() > end:
+            return None
+        duplicate = folder.duplicate()
+        self._folders[slide_id] = known = _Folder(
+            changed,
+            asked,
+            tried=was_tried(folder, found.path, sign, row),
+            original=None if duplicate is None else _original(duplicate),
+            failures=folder.failures(),
+        )
+        return known
+
+    def _seen(self, path: str, sign: Signature, now: float) -> _Stillness:
+        last, steady = self._stillness.get(path), time.monotonic()
+        if last is None or last.signature != sign:
+            return _Stillness(sign, last.first_seen if last else now, steady, 1)
+        return _Stillness(sign, last.first_seen, last.still_since, last.looks + 1)
+
+    def _why_wait(self, path: Path, seen: _Stillness, now: float) -> str | None:
+        if seen.signature[0] == 0:
+            return "is empty so far"
+        if seen.looks < 2:
+            return "was just seen, or has just changed"
+        still, age = time.monotonic() - seen.still_since, now - seen.signature[1] / 1e9
+        # The file's own time may be that of another clock, ahead or behind, or be kept by a copy.
+        if still < self.settle_seconds and not self.settle_seconds <= age:
+            return f"has changed less than {self.settle_seconds:g} s ago"
+        part = missing_part(path)
+        return None if part is None else f"its part {part} is not there yet"
+
+    def _retry(self, there: Iterable[str], now: float) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for slide_id in there:
+            folder = self._folders.get(slide_id)
+            for stage, failure in folder.failures.items() if folder is not None else ():
+                if stage != "slides" and due_again(failure, now):
+                    found.setdefault(stage, []).append(slide_id)
+        return found
+
+
+def find_in(folders: Iterable[Path]) -> tuple[list[FoundSlide], list[Path]]:
+    """Find the slides in several folders.
+
+    Returns:
+        The slides, each once even if one folder lies in another; the folders that are not there.
+    """
+    found: dict[Path, FoundSlide] = {}
+    away = []
+    for folder in folders:
+        if folder.is_dir():
+            for slide in find_slides(folder):
+                found.setdefault(slide.path, slide)
+        else:
+            away.append(folder)
+    return list(found.values()), away
+
+
+def write_arrivals(store: Store, look: Look) -> None:
+    """Write down what is waiting, absent and away, for ``status`` and the catalog.
+
+    Args:
+        store: The store.
+        look: What was found last.
+    """
+    before = read_arrivals(store)
+    now = round(time.time(), 3)
+    content = {
+        "waiting": [asdict(it) for it in look.waiting],
+        "absent": {slide_id: before["absent"].get(slide_id, now) for slide_id in look.absent},
+        "away": [str(folder) for folder in look.away],
+    }
+    if content != before:
+        files.write_json(store.arrivals_path, content)
+
+
+def read_arrivals(store: Store) -> dict[str, Any]:
+    """What `write_arrivals` wrote last: ``waiting``, ``absent`` with the time, ``away``."""
+    nothing: dict[str, Any] = {"waiting": [], "absent": {}, "away": []}
+    try:
+        return {**nothing, **files.read_json(store.arrivals_path)}
+    except (FileNotFoundError, ValueError, TypeError):
+        return nothing
+
+
+def _signatures(found: Iterable[FoundSlide]) -> dict[str, Signature]:
+    signs = {}
+    for slide in found:
+        try:
+            signs[str(slide.path)] = signature(slide.path)
+        except OSError:  # taken away in between
+            continue
+    return signs
+
+
+def _is_done(folder: _Folder, there: Mapping[str, Signature], now: float) -> bool:
+    """Whether nothing is owed of a slide's file as it is now."""
+    if not folder.tried:
+        return False
+    if "slides" in folder.failures:
+        return not due_again(folder.failures["slides"], now)
+    if folder.original is not None:  # a duplicate, as long as the original is there
+        slide_id, sign = folder.original
+        return there.get(slide_id) == sign
+    return True
+
+
+def _absent(
+    entries: Mapping[str, Entry], there: Mapping[str, Signature], away: Sequence[Path]
+) -> list[str]:
+    """Slides whose file is gone from a folder that is there."""
+    roots = tuple(f"{os.path.abspath(folder)}{os.sep}" for folder in away)  # noqa: PTH100
+    return sorted(
+        slide_id
+        for slide_id, entry in entries.items()
+        if slide_id not in there and not (roots and entry.path.startswith(roots))
+    )
+
+
+def _original(duplicate: Mapping[str, Any]) -> tuple[str, Signature]:
+    size, mtime_ns = duplicate["of_signature"]
+    return duplicate["of"], (size, mtime_ns)
+
+
+def _changed(folder: Path) -> int:
+    """When something was last put into a folder, or taken away; 0 if there is none."""
+    try:
+        return os.stat(folder).st_mtime_ns  # noqa: PTH116 - for every slide of an archive
+    except OSError:
+        return 0

@@ -1,0 +1,142 @@
+"""Taking up a slide file: whose content it is, and then what it is.
+
+::
+
+    file ──▶ its content ──┬─ nobody's, or its own ──▶ described under its id
+                           ├─ of a slide whose file is gone: it was moved ──▶ that slide's id
+                           └─ of a slide that is still there ──▶ a duplicate: told, never computed
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from histoencoder_core.slides.content import Content, signature
+from histoencoder_core.slides.contents import Contents
+from histoencoder_core.slides.describe import (
+    already_described,
+    content_of,
+    describe_slide,
+    describing,
+    read_description,
+    write_description,
+)
+from histoencoder_core.slides.find import FoundSlide
+from histoencoder_core.slides.reader import open_slide
+from histoencoder_core.slides.register import Register
+from histoencoder_core.slides.sheet import Sheet
+from histoencoder_core.store import SlideFolder, Stamp, Store, files, layout
+
+
+@dataclass(frozen=True)
+class Received:
+    """What became of a slide file.
+
+    Attributes:
+        slide: The id of the slide that it is, which a file that was moved had before.
+        stamp: The stamp of that slide's description; None of a duplicate.
+        duplicate_of: The slide that has the same content and is still there.
+    """
+
+    slide: str
+    stamp: Stamp | None = None
+    duplicate_of: str | None = None
+
+
+def receive_slide(store: Store, slide_id: str, found: FoundSlide, sheet: Sheet) -> Received:
+    """Find out whether a file is a new slide, and describe it.
+
+    Args:
+        store: The store.
+        slide_id: The id that the file is registered under.
+        found: The file.
+        sheet: What is known of slides beyond their pixels.
+
+    Returns:
+        What became of it.
+
+    Raises:
+        SlideError: The slide can't be opened or read. The failure is recorded under `slide_id`.
+        StoreError: Another program's files stand in the way.
+    """
+    folder, row = store.slide(slide_id), sheet.row(slide_id, relative=found.relative)
+    contents = Contents(store)
+    with describing(folder, found, row) as inputs:
+        stamp = already_described(folder, inputs)
+        if stamp is not None:
+            return Received(slide_id, stamp)
+        with open_slide(found.path) as slide:
+            content = content_of(folder, slide, inputs)
+            with contents.locked():
+                other = _other_owner(contents, slide_id, found, content)
+                if other is None:
+                    _hand_over(contents, folder, slide_id, content)
+                elif _is_gone(store, other):
+                    Register(store).moved(slide_id, other, found)
+                    _take_away(folder)
+                else:
+                    original = Path(Register(store).entries()[other].path)
+                    _set_aside(folder, other, original, inputs)
+                    return Received(slide_id, duplicate_of=other)
+            if other is None:
+                stamp = write_description(folder, slide, row, inputs, content)
+                files.remove(folder.file(layout.DUPLICATE))
+                return Received(slide_id, stamp)
+    row = sheet.row(other, relative=found.relative)
+    return Received(other, describe_slide(store.slide(other), found, row))
+
+
+def _other_owner(
+    contents: Contents, slide_id: str, found: FoundSlide, content: Content
+) -> str | None:
+    """Another slide that has this content; None if there is none."""
+    owner = contents.owner(content.sample)
+    if owner is None or owner == slide_id:
+        return None
+    known = _content_of(contents.store, owner)
+    if known is None:
+        # It is being described right now, or its run was killed and it is still owed.
+        entry = Register(contents.store).entries().get(owner)
+        return owner if entry is not None and Path(entry.path).exists() else None
+    return owner if known.is_that_of(found.path, content) else None
+
+
+def _content_of(store: Store, slide_id: str) -> Content | None:
+    described = read_description(store.slide(slide_id))
+    if described is None:
+        return None
+    return Content(described.sample, described.whole, described.content)
+
+
+def _is_gone(store: Store, slide_id: str) -> bool:
+    """Whether the file of a described slide is not there any more, or is another by now."""
+    described = read_description(store.slide(slide_id))
+    if described is None:
+        return False
+    try:
+        now = signature(Path(described.path))
+    except OSError:
+        return True
+    return now != (described.size, described.mtime_ns)
+
+
+def _hand_over(contents: Contents, folder: SlideFolder, slide_id: str, content: Content) -> None:
+    before = read_description(folder)
+    if before is not None and before.sample != content.sample:
+        contents.release(before.sample, slide_id)
+    contents.claim(content.sample, slide_id)
+
+
+def _set_aside(folder: SlideFolder, other: str, path: Path, inputs: dict[str, Any]) -> None:
+    """Tell of a duplicate, and take away what was made of the file's former content."""
+    _take_away(folder)
+    told = {"of": other, "of_signature": signature(path), **inputs}
+    files.write_json(folder.file(layout.DUPLICATE), told)
+
+
+def _take_away(folder: SlideFolder) -> None:
+    for stage in reversed(layout.STAGES):
+        folder.withdraw(stage)
+    files.remove(folder.file(layout.DUPLICATE))

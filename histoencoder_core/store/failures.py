@@ -1,0 +1,36 @@
+"""When a failed stage is worth another try."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from histoencoder_core.errors import KINDS
+
+FIRST_WAIT = 300.0
+"""Seconds from a first failure to the second try; then four times as long, and so on."""
+
+LONGEST_WAIT = 86400.0
+
+
+def due_again(failure: Mapping[str, Any], now: float) -> bool:
+    """Whether a failure may have passed: it is of a transient kind, and some time has gone by.
+
+    Args:
+        failure: An entry of `SlideFolder.failures`.
+        now: In seconds since 1970.
+
+    Example:
+        >>> due_again({"kind": "no-mpp", "attempts": 1, "at": 0.0}, now=1e9)
+        False
+        >>> failure = {"kind": "out-of-disk", "attempts": 2, "at": 1e9}
+        >>> due_again(failure, now=1e9 + 1000), due_again(failure, now=1e9 + 1201)
+        (False, True)
+    """
+    kind = KINDS.get(failure["kind"])
+    if kind is None or not kind.transient:
+        return False
+    at, attempts = float(failure.get("at", 0)), int(failure.get("attempts", 1))
+    wait = min(FIRST_WAIT * 4 ** (attempts - 1), LONGEST_WAIT)
+    # A time in the future is that of a clock that was set back since.
+    return not at <= now < at + wait

@@ -1,0 +1,205 @@
+"""Which slides to ask for next: in ranges of partitions, a bounded number at a time.
+
+A sensor knows what is owed. Here it is decided what of that is asked for now: not what is under
+way, not what has just failed, not more runs than may be in flight. So a sensor that was paused for
+a week goes on at the pace of any other day.
+"""
+
+import json
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import dagster as dg
+from dagster import DagsterRunStatus, RunsFilter
+
+from histoencoder_core.store.failures import FIRST_WAIT, LONGEST_WAIT, due_again
+
+RANGE_START = "dagster/asset_partition_range_start"
+RANGE_END = "dagster/asset_partition_range_end"
+PARTITION = "dagster/partition"
+
+_UNFINISHED = [
+    DagsterRunStatus.QUEUED,
+    DagsterRunStatus.NOT_STARTED,
+    DagsterRunStatus.STARTING,
+    DagsterRunStatus.STARTED,
+    DagsterRunStatus.CANCELING,
+]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What was asked for, and has not gone well yet.
+
+    Attributes:
+        sign: What the slide looked like then; if it has changed since, nothing was asked for.
+        requests: How often it was asked for.
+        not_before: When it may be asked for again if no word is heard of it.
+    """
+
+    sign: str
+    requests: int
+    not_before: int
+
+
+class Attempts:
+    """Attempts by slide, kept in a sensor's cursor: only of slides that are owed."""
+
+    def __init__(self, told: Mapping[str, Sequence[Any]]) -> None:
+        self._by_slide = {slide_id: Attempt(*values) for slide_id, values in told.items()}
+
+    def of(self, slide_id: str, sign: str) -> Attempt | None:
+        """The last attempt at a slide as it is now."""
+        attempt = self._by_slide.get(slide_id)
+        return attempt if attempt is not None and attempt.sign == sign else None
+
+    def is_outdated(self, slide_id: str, sign: str) -> bool:
+        """Whether a slide was asked for, and has changed since: what was made may be of before."""
+        attempt = self._by_slide.get(slide_id)
+        return attempt is not None and attempt.sign != sign
+
+    def note(self, slide_id: str, sign: str, *, requests: int, now: float) -> None:
+        """A slide was asked for, for the first or another time.
+
+        Without a word on it, it is asked for again after five minutes, then 20, and so on.
+        """
+        wait = min(FIRST_WAIT * 4 ** (requests - 1), LONGEST_WAIT)
+        self._by_slide[slide_id] = Attempt(sign, requests, int(now + wait))
+
+    def keep(self, slides: Collection[str]) -> None:
+        """Forget all other slides: nothing is owed of them."""
+        self._by_slide = {s: attempt for s, attempt in self._by_slide.items() if s in slides}
+
+    def told(self) -> dict[str, list[Any]]:
+        """What to put into the cursor."""
+        return {s: [it.sign, it.requests, it.not_before] for s, it in self._by_slide.items()}
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """Runs of one job that are queued or running.
+
+    Attributes:
+        runs: Their number.
+        slides: The partitions that they are going to make.
+    """
+
+    runs: int
+    slides: frozenset[str]
+
+    @classmethod
+    def of(cls, instance: dg.DagsterInstance, job_name: str, order: Sequence[str]) -> "InFlight":
+        """Look at the runs of a job.
+
+        Args:
+            instance: Dagster's.
+            job_name: The job.
+            order: All partition keys in Dagster's order.
+        """
+        runs = instance.get_runs(RunsFilter(job_name=job_name, statuses=_UNFINISHED))
+        place = {key: i for i, key in enumerate(order)} if runs else {}
+        found: set[str] = set()
+        for run in runs:
+            first = place.get(run.tags.get(RANGE_START) or run.tags.get(PARTITION, ""))
+            last = place.get(run.tags.get(RANGE_END) or run.tags.get(PARTITION, ""))
+            if first is not None and last is not None:
+                found.update(order[first : last + 1])
+        return cls(len(runs), frozenset(found))
+
+
+def next_batches(
+    owed: Mapping[str, str],
+    attempts: Attempts,
+    *,
+    order: Sequence[str],
+    in_flight: InFlight,
+    failure: Callable[[str], Mapping[str, Any] | None],
+    most_runs: int,
+    size: int,
+    now: float,
+    newest_first: bool = False,
+) -> list[list[str]]:
+    """Choose what to ask for now, and note it.
+
+    Args:
+        owed: What each slide that is owed looks like now.
+        attempts: What was asked for before; what is asked for now is added.
+        order: All partition keys in Dagster's order.
+        in_flight: Runs under way.
+        failure: How the stage failed on a slide, if it did.
+        most_runs: Runs that may be in flight.
+        size: Largest length of a batch.
+        now: In seconds since 1970.
+        newest_first: Begin at the end of `order`.
+
+    Returns:
+        Ranges of partitions. A slide that was asked for before and of which nothing was heard is a
+        range of its own: it may be what killed its run.
+    """
+    fresh, alone = [], []
+    for slide_id, sign in owed.items():
+        if slide_id in in_flight.slides:
+            continue
+        attempt = attempts.of(slide_id, sign)
+        if attempt is None:
+            fresh.append(slide_id)
+        elif (failed := failure(slide_id)) is not None:
+            if due_again(failed, now):
+                fresh.append(slide_id)
+        elif attempt.not_before <= now:
+            alone.append(slide_id)
+    room = max(0, most_runs - in_flight.runs)
+    batches = contiguous_batches(fresh, order, size=size)
+    if newest_first:
+        batches.reverse()
+    # One that may kill its run is not to hold up the others, nor to be put off for ever.
+    alone = alone[: room if not batches else min(room, 1)]
+    chosen = [[slide_id] for slide_id in alone] + batches[: room - len(alone)]
+    for slide_id in (s for batch in chosen for s in batch):
+        before = attempts.of(slide_id, owed[slide_id])
+        again = before.requests if before is not None and slide_id in alone else 0
+        attempts.note(slide_id, owed[slide_id], requests=again + 1, now=now)
+    return chosen
+
+
+def contiguous_batches(
+    chosen: Iterable[str], order: Sequence[str], *, size: int
+) -> list[list[str]]:
+    """Split slides into batches that are ranges of partitions.
+
+    Args:
+        chosen: Partition keys.
+        order: All partition keys in Dagster's order.
+        size: Largest length of a batch.
+
+    Returns:
+        The chosen keys, each once, neighbours in `order` together.
+
+    Example:
+        >>> contiguous_batches("abde", "abcde", size=3)
+        [['a', 'b'], ['d', 'e']]
+    """
+    wanted = set(chosen)
+    batches: list[list[str]] = [[]]
+    for key in order if wanted else ():
+        if key not in wanted or len(batches[-1]) == size:
+            batches.append([])
+        if key in wanted:
+            batches[-1].append(key)
+    return [batch for batch in batches if batch]
+
+
+def request(batch: Sequence[str], *, job_name: str | None = None) -> dg.RunRequest:
+    """Ask for a range of partitions.
+
+    There is no run key: Dagster silently drops a request whose key was ever used, also if that run
+    was killed.
+    """
+    return dg.RunRequest(job_name=job_name, tags={RANGE_START: batch[0], RANGE_END: batch[-1]})
+
+
+def read_cursor(cursor: str | None) -> dict[str, Any]:
+    """What a sensor's cursor holds; nothing if it was lost."""
+    content = json.loads(cursor) if cursor else {}
+    return content if isinstance(content, dict) else {}
