@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from histoencoder_core.cohort import CatalogSummary, build_catalog
@@ -11,6 +12,11 @@ from histoencoder_core.store import Store
 
 if TYPE_CHECKING:
     from histoencoder_core.features import Runner
+
+
+@functools.lru_cache(maxsize=2)
+def _read_sheet(path: Path, _version: tuple[int, int, int]) -> Sheet:
+    return Sheet.read(path)
 
 
 @dataclass(frozen=True)
@@ -29,8 +35,15 @@ class Platform:
         return Store(self.settings.store)
 
     def sheet(self) -> Sheet:
-        """The table of slides, read anew."""
-        return Sheet.read(self.settings.sheet_path)
+        """The table of slides, read anew if it has changed."""
+        path = self.settings.sheet_path
+        if path is None:
+            return Sheet()
+        try:
+            stat = path.stat()
+        except OSError:
+            return Sheet.read(path)  # which says what is wrong
+        return _read_sheet(path, (stat.st_ino, stat.st_size, stat.st_mtime_ns))
 
     def register_slides(self) -> dict[str, FoundSlide]:
         """Find all slides and give the new ones their ids."""

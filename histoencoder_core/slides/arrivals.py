@@ -33,6 +33,9 @@ from histoencoder_core.store.failures import due_again
 NEVER_SETTLES = 3600.0
 """Seconds after which a file that is still not whole is worth a warning."""
 
+_AT_LEAST = 100
+"""Slides' folders that each look reads if need be."""
+
 Signature = tuple[int, int]
 """Size in bytes and modification time in nanoseconds."""
 
@@ -123,6 +126,18 @@ class _Folder:
     failures: Mapping[str, Mapping[str, Any]]
 
 
+@dataclass
+class _Reading:
+    """How long slides' folders may be read."""
+
+    end: float
+    read: int = 0
+
+    def may_go_on(self) -> bool:
+        self.read += 1
+        return self.read <= _AT_LEAST or time.monotonic() < self.end
+
+
 class Arrivals:
     """The folders of slides, from one look to the next.
 
@@ -142,16 +157,18 @@ class Arrivals:
 
         Args:
             sheet: The table of slides: a slide whose row has changed is taken up again.
-            seconds: Stop reading slides' folders after this time; the rest comes next time.
+            seconds: Time to read slides' folders in; the rest comes next time. A few are always
+                read, so that looks come to an end on the slowest machine.
 
         Returns:
             What was found.
         """
-        end, now = time.monotonic() + seconds, time.time()
+        now = time.time()
         entries = Register(self.store).entries()
         by_path = {entry.path: slide_id for slide_id, entry in entries.items()}
         here, away = find_in(self.folders)
         signs = _signatures(here)
+        reading = _Reading(time.monotonic() + seconds)
         by_id = {by_path[path]: sign for path, sign in signs.items() if path in by_path}
         ready: list[Ready] = []
         described: list[str] = []
@@ -164,7 +181,7 @@ class Arrivals:
             if sign is None:
                 continue
             if slide_id is not None:
-                folder = self._look_into(slide_id, found, sign, sheet, end)
+                folder = self._look_into(slide_id, found, sign, sheet, reading)
                 unlooked += folder is None
                 if folder is None:
                     continue
@@ -191,18 +208,18 @@ class Arrivals:
         )
 
     def _look_into(
-        self, slide_id: str, found: FoundSlide, sign: Signature, sheet: Sheet, end: float
+        self, slide_id: str, found: FoundSlide, sign: Signature, sheet: Sheet, reading: _Reading
     ) -> _Folder | None:
         """What a slide's folder says of its file; None if there is no time to read it."""
         row = sheet.row(slide_id, relative=found.relative)
         asked = (str(found.path), sign, row)
-        folder = self.store.slide(slide_id)
-        changed = _changed(folder.path)
+        changed = _changed(f"{self.store.root}{os.sep}{slide_id}")
         known = self._folders.get(slide_id)
         if known is not None and (known.changed, known.asked) == (changed, asked):
             return known
-        if time.monotonic() > end:
+        if not reading.may_go_on():
             return None
+        folder = self.store.slide(slide_id)
         duplicate = folder.duplicate()
         self._folders[slide_id] = known = _Folder(
             changed,
@@ -324,7 +341,7 @@ def _original(duplicate: Mapping[str, Any]) -> tuple[str, Signature]:
     return duplicate["of"], (size, mtime_ns)
 
 
-def _changed(folder: Path) -> int:
+def _changed(folder: str) -> int:
     """When something was last put into a folder, or taken away; 0 if there is none."""
     try:
         return os.stat(folder).st_mtime_ns  # noqa: PTH116 - for every slide of an archive

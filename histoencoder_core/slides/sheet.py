@@ -31,6 +31,9 @@ class SheetRow:
     facts: dict[str, str] = field(default_factory=dict)
 
 
+_NO_ROW = SheetRow()
+
+
 @dataclass(frozen=True)
 class Sheet:
     """The table of slides.
@@ -87,13 +90,14 @@ class Sheet:
 
         Where two slides have the same name, it stands for the one that has it as its id.
         """
-        names = [slide_id, relative]
-        if slide_id == plain_id(Path(relative)):
-            names += [Path(relative).name, Path(relative).stem]
-        for name in names:
+        if not self.rows:
+            return _NO_ROW
+        for name in (slide_id, relative):  # most are found so, and paths take their time
             if name in self.rows:
                 return self.rows[name]
-        return SheetRow()
+        path = Path(relative)
+        names = [path.name, path.stem] if slide_id == plain_id(path) else []
+        return next((self.rows[name] for name in names if name in self.rows), _NO_ROW)
 
 
 def plausible_mpp(value: float) -> bool:

@@ -1,6 +1,5 @@
 """Watching for what people say of slides, and of clusters."""
 
-import functools
 import json
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -23,6 +22,7 @@ from histoencoder_dagster.jobs import label_slides
 from histoencoder_dagster.partitions import SLIDES
 from histoencoder_dagster.resources import Platform
 from histoencoder_dagster.sensors.batches import (
+    LOOKING_SECONDS,
     Attempts,
     InFlight,
     next_batches,
@@ -33,6 +33,9 @@ from histoencoder_dagster.sensors.batches import (
 _GONE, _FOLDER_SEEN = "gone", "_folder"
 """Among what was seen: labels whose annotation is gone; that there was a folder. No slide's id
 begins with an underscore."""
+
+_read: dict[str, tuple[tuple[int, int], str | None]] = {}
+"""Fingerprints of tiles that this process has read, by the file and what it was."""
 
 
 def new_annotations(
@@ -58,7 +61,7 @@ def new_annotations(
     recorded = instance.get_latest_storage_id_by_partition(
         labels.key, DagsterEventType.ASSET_MATERIALIZATION
     )
-    now = _signs(store, said, order, ever={*recorded, *seen})
+    now = _signs(store, said, order, seen=seen, ever={*recorded, *seen})
     attempts, asked_at = Attempts(cursor.get("attempts", {})), cursor.get("asked_at", {})
     in_flight = InFlight.of(instance, label_slides.name, order)
     owed: dict[str, str] = {}
@@ -101,10 +104,22 @@ def new_annotations(
 
 
 def _signs(
-    store: Store, said: Annotations, order: Sequence[str], *, ever: Collection[str]
+    store: Store,
+    said: Annotations,
+    order: Sequence[str],
+    *,
+    seen: Mapping[str, str],
+    ever: Collection[str],
 ) -> dict[str, str]:
-    """What labels would be made from, of all slides that are annotated, or were."""
-    signs = {slide_id: _said(store, slide_id, said) for slide_id in said.slides()}
+    """What labels would be made from, of all slides that are annotated, or were.
+
+    Where there is no time to read a slide's tiles, it is taken for what it was; it comes next time.
+    """
+    end = time.monotonic() + LOOKING_SECONDS
+    signs = {
+        s: seen.get(s) if _is_unread(store, s) and time.monotonic() > end else _said(store, s, said)
+        for s in said.slides()
+    }
     found = {slide_id: sign for slide_id, sign in signs.items() if sign is not None}
     if said.folder is not None and said.folder.is_dir():
         # Of 50,000 slides, few were ever annotated.
@@ -151,17 +166,28 @@ def _remember(store: Store, seen: dict[str, str], before: dict[str, str]) -> str
 def _said(store: Store, slide_id: str, said: Annotations) -> str | None:
     """What labels would be made from, as far as can be told cheaply; None if there are no tiles."""
     path = store.slide(slide_id).record("tiles")
-    try:
-        stat = path.stat()
-        tiles = _fingerprint_of(str(path), stat.st_ino, stat.st_mtime_ns)
-    except FileNotFoundError:
-        tiles = None
+    put, tiles = _put_in_place(path), None
+    if put is not None:
+        if _read.get(str(path), (None,))[0] != put:
+            stamp = read_stamp(path)
+            _read[str(path)] = (put, None if stamp is None else stamp.fingerprint)
+        tiles = _read[str(path)][1]
     if tiles is None and tile_source(store, slide_id) is None:
         return None
     return fingerprint([said.signature(slide_id), tiles])[:16]
 
 
-@functools.lru_cache(maxsize=200_000)
-def _fingerprint_of(record: str, inode: int, mtime_ns: int) -> str | None:  # noqa: ARG001 - the key
-    stamp = read_stamp(Path(record))
-    return None if stamp is None else stamp.fingerprint
+def _is_unread(store: Store, slide_id: str) -> bool:
+    """Whether a slide's tiles must be opened to tell what they are."""
+    path = store.slide(slide_id).record("tiles")
+    put = _put_in_place(path)
+    return put is not None and _read.get(str(path), (None,))[0] != put
+
+
+def _put_in_place(path: Path) -> tuple[int, int] | None:
+    """What a file has that another one in its place has not; None if it is not there."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns

@@ -19,6 +19,10 @@ RANGE_START = "dagster/asset_partition_range_start"
 RANGE_END = "dagster/asset_partition_range_end"
 PARTITION = "dagster/partition"
 
+LOOKING_SECONDS = 2.0
+"""Time that a tick may read slides' folders in. After a restart it takes several ticks to have read
+those of a large archive."""
+
 _UNFINISHED = [
     DagsterRunStatus.QUEUED,
     DagsterRunStatus.NOT_STARTED,

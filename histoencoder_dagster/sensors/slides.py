@@ -23,16 +23,13 @@ from histoencoder_dagster.jobs import describe_slides
 from histoencoder_dagster.partitions import SLIDES, slide_partitions
 from histoencoder_dagster.resources import Platform
 from histoencoder_dagster.sensors.batches import (
+    LOOKING_SECONDS,
     Attempts,
     InFlight,
     next_batches,
     read_cursor,
     request,
 )
-
-LOOKING_SECONDS = 2.0
-"""Time that a tick may read slides' folders in. After a restart it takes several ticks to have read
-those of a large archive."""
 
 
 def new_slides(
