@@ -80,6 +80,11 @@ def describe_slide(folder: SlideFolder, found: FoundSlide, row: SheetRow) -> Sta
         SlideError: The slide can't be opened or read. The failure is recorded in its folder.
         StoreError: Another program's files stand in the way.
     """
+    with folder.locked():
+        return _describe(folder, found, row)
+
+
+def _describe(folder: SlideFolder, found: FoundSlide, row: SheetRow) -> Stamp:
     sheet = _sheet(row)
     inputs: dict[str, Any] = {"path": str(found.path), "relative_path": found.relative}
     try:

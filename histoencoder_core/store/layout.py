@@ -31,6 +31,7 @@ THUMBNAIL_ANNOTATIONS = "thumbnail_annotations.jpeg"
 TILES = "tiles"
 VERSIONS = "versions"
 FAILURES = "failures.json"
+LOCK = ".lock"
 TILES_CSV = "tiles.csv"
 
 COHORT = "_cohort"
