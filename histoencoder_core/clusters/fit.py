@@ -27,6 +27,7 @@ from histoencoder_core.clusters.model import (
     current_model,
     find_version,
     load_model,
+    make_current,
     save_model,
 )
 from histoencoder_core.clusters.quantiles import Distances
@@ -108,6 +109,7 @@ def ensure_model(
         version = find_version(store, model_stamp(inputs, settings))
         if version is not None:
             model = load_model(store, version)
+            make_current(store, version)
         else:
             model = fit_clusters(inputs, settings, memory_gb=memory_gb, device=device)
             try:
@@ -117,7 +119,7 @@ def ensure_model(
                 previous = None
             if previous is not None:
                 model = numbered_after(model, previous)
-        save_model(store, model)
+            save_model(store, model)
     return model, version is None
 
 

@@ -41,7 +41,7 @@ from histoencoder_core.cohort.statistics import (
     read_replicates,
     read_statistics,
 )
-from histoencoder_core.errors import ClusterError
+from histoencoder_core.errors import ClusterError, kind_of
 from histoencoder_core.labels import Annotations
 from histoencoder_core.settings import (
     AnnotationSettings,
@@ -138,7 +138,7 @@ def build_catalog(
         try:
             return _told(store, refresh.publish(before), started)
         except duckdb.Error as error:
-            if before is None:
+            if before is None or kind_of(error) != "unexpected":  # the disk's fault
                 raise
             log.warning("%s: is damaged (%s); it is written anew.", store.catalog_path, error)
             return _told(store, refresh.publish(None), started)

@@ -10,7 +10,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,8 @@ def locked(path: Path, *, given_up: Callable[[], bool] | None = None) -> Iterato
 def locked_to_write(*targets: Path) -> Iterator[None]:
     """Hold the lock ``.<name>.lock`` beside what several processes may write.
 
-    What a killed process left of writing it is removed.
+    What a killed process left of writing it is removed, and what the block leaves if it raises,
+    such as a database's log on a full disk.
 
     Args:
         targets: What is to be written, in one folder: files, or a folder with all files in it. The
@@ -106,11 +107,21 @@ def locked_to_write(*targets: Path) -> Iterator[None]:
     """
     first = targets[0]
     with locked(first.with_name(f".{first.stem}.lock")) as held:
-        for target in targets if held else ():
-            sweep(target.parent, of=target.name)
-            if target.is_dir():
-                sweep(target)
-        yield
+        try:
+            if held:
+                _sweep_all(targets)
+            yield
+        except BaseException:
+            if held:
+                _sweep_all(targets)
+            raise
+
+
+def _sweep_all(targets: Iterable[Path]) -> None:
+    for target in targets:
+        sweep(target.parent, of=target.name)
+        if target.is_dir():
+            sweep(target)
 
 
 def sweep(folder: Path, *, of: str | None = None) -> None:

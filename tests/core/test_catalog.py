@@ -484,7 +484,7 @@ def test_a_file_that_has_grown_is_written_anew(copied: Store, monkeypatch) -> No
     with duckdb.connect(str(copied.catalog_path), read_only=True) as connection:
         [(size,)] = connection.sql("SELECT bytes FROM internal.state").fetchall()
     assert size == copied.catalog_path.stat().st_size
-    assert [p.name for p in copied.cohort.iterdir() if p.name.startswith(".")] == []
+    assert [p.name for p in copied.cohort.iterdir() if ".tmp" in p.name] == []
 
 
 def test_images_of_tiles_are_watched_where_they_are_the_tiles(
