@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo ui test lint typecheck unit bench-catalog bench-extraction bench-clusters bench-similar clean
+.PHONY: help install demo ui test lint typecheck unit chaos bench-catalog bench-extraction bench-clusters bench-similar clean
 
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -35,6 +35,10 @@ typecheck: $(INSTALLED) ## Check types
 
 unit: $(INSTALLED) ## Run the tests and the examples in docstrings
 	$(BIN)/pytest -n 2 --dist loadfile
+
+chaos: $(INSTALLED) ## Kill every stage a hundred times and more, fill disks, take folders away
+	HISTOENCODER_CHAOS_KILLS=110 $(BIN)/pytest -s tests/core/test_kills.py tests/core/test_faults.py \
+	  tests/core/test_locks.py tests/dagster/test_killed_runs.py
 
 bench-catalog: $(INSTALLED) ## Measure the catalog on a generated cohort; BENCH=<more options>
 	$(BIN)/python benchmarks/catalog.py $(BENCH)

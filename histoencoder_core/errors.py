@@ -7,6 +7,7 @@ kind: one word that a technician can search for, which tells whether trying agai
 from __future__ import annotations
 
 import errno
+import os
 from dataclasses import dataclass
 
 
@@ -147,4 +148,7 @@ def kind_of(error: BaseException) -> str:
         return "time-limit"
     if isinstance(error, OSError):
         return _BY_ERRNO.get(error.errno, "input-output")
-    return "unexpected"
+    # DuckDB's errors are none of the operating system's, but quote them.
+    told = str(error)
+    quoted = (kind for number, kind in _BY_ERRNO.items() if number and os.strerror(number) in told)
+    return next(quoted, "unexpected")

@@ -185,22 +185,23 @@ def ensure_evaluation(
         },
         untrained=model.untrained,
     )
-    before = read_stamp(evaluation_path(store))
-    if before is not None and before.fingerprint == stamp.fingerprint:
-        return files.read_json(evaluation_path(store)), False
-    names, labelled = _labelled(store, slides)
-    fit = functools.partial(fit_clusters, memory_gb=memory_gb, device=device)
-    cohort = _Cohort(model, k, slides, names, labelled, settings, fit)
-    content = {
-        "model": model.version,
-        "k": k,
-        "untrained": model.untrained,
-        "seed": settings.seed,
-        **_measure(cohort),
-    }
-    content = stamp.in_json(content)
-    files.write_json(evaluation_path(store), content)
-    return content, True
+    with files.locked_to_write(evaluation_path(store)):
+        before = read_stamp(evaluation_path(store))
+        if before is not None and before.fingerprint == stamp.fingerprint:
+            return files.read_json(evaluation_path(store)), False
+        names, labelled = _labelled(store, slides)
+        fit = functools.partial(fit_clusters, memory_gb=memory_gb, device=device)
+        cohort = _Cohort(model, k, slides, names, labelled, settings, fit)
+        content = {
+            "model": model.version,
+            "k": k,
+            "untrained": model.untrained,
+            "seed": settings.seed,
+            **_measure(cohort),
+        }
+        content = stamp.in_json(content)
+        files.write_json(evaluation_path(store), content)
+        return content, True
 
 
 def split_groups(tiles: Mapping[str, int], folds: int, *, seed: int) -> list[list[str]]:

@@ -43,27 +43,28 @@ def annotate_slide(folder: SlideFolder, labels: ClusterLabels) -> Stamp:
         ClusterError: The slide's clusters are missing, another program's, or of another model.
         StoreError: Another program's files stand in the way.
     """
-    clusters = folder.stamp("clusters")
-    if clusters is None:
-        raise ClusterError(
-            f"{folder.record('clusters')}: is missing or another program's, whose clusters are of "
-            "a model that is not known. Run `histoencoder cluster` first."
-        )
-    stamp = annotations_stamp(clusters, labels)
-    if folder.fetch("annotations", stamp.fingerprint):
-        folder.clear_failure("annotations")
-        return folder.stamp("annotations") or stamp
-    try:
-        if clusters.made_from["model"] != labels.model:
+    with folder.locked():
+        clusters = folder.stamp("clusters")
+        if clusters is None:
             raise ClusterError(
-                f"{folder.record('clusters')}: is of cluster model {clusters.made_from['model']}, "
-                f"but the labels are of {labels.model}. Run `histoencoder cluster` to assign it "
-                "anew."
+                f"{folder.record('clusters')}: is missing or another program's, whose clusters are "
+                "of a model that is not known. Run `histoencoder cluster` first."
             )
-        return _annotate(folder, labels, stamp)
-    except Exception as error:
-        folder.record_failure("annotations", error, inputs=stamp.fingerprint)
-        raise
+        stamp = annotations_stamp(clusters, labels)
+        if folder.fetch("annotations", stamp.fingerprint):
+            folder.clear_failure("annotations")
+            return folder.stamp("annotations") or stamp
+        try:
+            if clusters.made_from["model"] != labels.model:
+                raise ClusterError(
+                    f"{folder.record('clusters')}: is of cluster model "
+                    f"{clusters.made_from['model']}, but the labels are of {labels.model}. Run "
+                    "`histoencoder cluster` to assign it anew."
+                )
+            return _annotate(folder, labels, stamp)
+        except Exception as error:
+            folder.record_failure("annotations", error, inputs=stamp.fingerprint)
+            raise
 
 
 def _annotate(folder: SlideFolder, labels: ClusterLabels, stamp: Stamp) -> Stamp:

@@ -52,24 +52,26 @@ def assign_slide(folder: SlideFolder, model: ClusterModel) -> Stamp:
         ClusterError: The slide has no features, or they live in another space than the model.
         StoreError: Another program's files stand in the way.
     """
-    file = feature_file(folder)
-    if file is None:
-        raise ClusterError(f"{folder.path}: has no features; run `histoencoder extract` first.")
-    stamp = clusters_stamp(file, model)
-    if folder.fetch("clusters", stamp.fingerprint):
-        folder.clear_failure("clusters")
-        return folder.stamp("clusters") or stamp
-    try:
-        if file.space != model.space:
-            raise ClusterError(
-                f"{file.path}: was made by {file.encoder}, but cluster model {model.version} was "
-                f"fitted on features of {model.stamp.result.get('encoder')}. Extract this slide "
-                "with that encoder, or fit a new model with `histoencoder cluster --refit`."
-            )
-        return _assign(folder, file, model, stamp)
-    except Exception as error:
-        folder.record_failure("clusters", error, inputs=stamp.fingerprint)
-        raise
+    with folder.locked():
+        file = feature_file(folder)
+        if file is None:
+            raise ClusterError(f"{folder.path}: has no features; run `histoencoder extract` first.")
+        stamp = clusters_stamp(file, model)
+        if folder.fetch("clusters", stamp.fingerprint):
+            folder.clear_failure("clusters")
+            return folder.stamp("clusters") or stamp
+        try:
+            if file.space != model.space:
+                raise ClusterError(
+                    f"{file.path}: was made by {file.encoder}, but cluster model {model.version} "
+                    f"was fitted on features of {model.stamp.result.get('encoder')}. Extract this "
+                    "slide with that encoder, or fit a new model with `histoencoder cluster "
+                    "--refit`."
+                )
+            return _assign(folder, file, model, stamp)
+        except Exception as error:
+            folder.record_failure("clusters", error, inputs=stamp.fingerprint)
+            raise
 
 
 def _assign(folder: SlideFolder, file: FeatureFile, model: ClusterModel, stamp: Stamp) -> Stamp:

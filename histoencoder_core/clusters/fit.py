@@ -27,6 +27,7 @@ from histoencoder_core.clusters.model import (
     current_model,
     find_version,
     load_model,
+    make_current,
     save_model,
 )
 from histoencoder_core.clusters.quantiles import Distances
@@ -41,7 +42,7 @@ from histoencoder_core.clusters.reading import (
 from histoencoder_core.clusters.transform import AS_THEY_ARE, Transform, fit_whitening
 from histoencoder_core.errors import ClusterError
 from histoencoder_core.settings import ClusterSettings
-from histoencoder_core.store import Stamp, Store
+from histoencoder_core.store import Stamp, Store, files
 
 log = logging.getLogger(__name__)
 
@@ -103,19 +104,22 @@ def ensure_model(
         ClusterError: See `fit_clusters`.
         SettingsError: There is no such device.
     """
-    version = find_version(store, model_stamp(inputs, settings))
-    if version is not None:
-        model = load_model(store, version)
-    else:
-        model = fit_clusters(inputs, settings, memory_gb=memory_gb, device=device)
-        try:
-            previous = current_model(store)
-        except ClusterError as error:
-            log.warning("clusters are not numbered after the current model's: %s", error)
-            previous = None
-        if previous is not None:
-            model = numbered_after(model, previous)
-    save_model(store, model)
+    # Of two fits at once, the second finds the first one's model, or is numbered after it.
+    with files.locked_to_write(store.cluster_models):
+        version = find_version(store, model_stamp(inputs, settings))
+        if version is not None:
+            model = load_model(store, version)
+            make_current(store, version)
+        else:
+            model = fit_clusters(inputs, settings, memory_gb=memory_gb, device=device)
+            try:
+                previous = current_model(store)
+            except ClusterError as error:
+                log.warning("clusters are not numbered after the current model's: %s", error)
+                previous = None
+            if previous is not None:
+                model = numbered_after(model, previous)
+            save_model(store, model)
     return model, version is None
 
 

@@ -6,6 +6,7 @@ that new slides are assigned with and is replaced in one step.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,7 +139,16 @@ def save_model(store: Store, model: ClusterModel) -> None:
     path = store.cluster_models / f"{model.version}.parquet"
     with files.atomic_path(path) as temporary:
         pq.write_table(stamp.on_table(table), temporary, compression="zstd")
-    files.write_json(store.cluster_models / "current.json", {"version": model.version})
+    make_current(store, model.version)
+
+
+def make_current(store: Store, version: str) -> None:
+    """Name the version that slides are assigned with, unless it is named already."""
+    path, content = store.cluster_models / "current.json", {"version": version}
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        if files.read_json(path) == content:
+            return
+    files.write_json(path, content)
 
 
 def current_model(store: Store) -> ClusterModel | None:

@@ -154,11 +154,12 @@ def write_derived(store: Store, model: str, k: int, rows: list[NamedCluster]) ->
     # Without the mark at its beginning, Excel takes UTF-8 for another encoding.
     content = text.getvalue().encode("utf-8-sig")
     path = derived_path(store, model, k)
-    if not path.is_file() or path.read_bytes() != content:
-        with files.atomic_path(path) as temporary:
-            temporary.write_bytes(content)
-    if _last_k(store, model) != k:
-        files.write_json(_last_path(store), {"model": model, "k": k})
+    with files.locked_to_write(store.cluster_labels):
+        if not path.is_file() or path.read_bytes() != content:
+            with files.atomic_path(path) as temporary:
+                temporary.write_bytes(content)
+        if _last_k(store, model) != k:
+            files.write_json(_last_path(store), {"model": model, "k": k})
     return path
 
 

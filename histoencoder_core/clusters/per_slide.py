@@ -57,32 +57,33 @@ def cluster_slide(
         SettingsError: There is no such device.
         StoreError: Another program's files stand in the way.
     """
-    file = feature_file(folder)
-    if file is None:
-        raise ClusterError(f"{folder.path}: has no features; run `histoencoder extract` first.")
-    stamp = slide_clusters_stamp(file, settings)
-    if not overwrite and folder.fetch("slide_clusters", stamp.fingerprint):
-        folder.clear_failure("slide_clusters")
-        return folder.stamp("slide_clusters") or stamp
-    try:
-        started = time.perf_counter()
-        model = fit.fit_clusters([file], settings, memory_gb=memory_gb, device=device)
-        keys, features = read_features(file.path)
-        assigned = model.assign(features)
-        shown = picture_k(assigned)
-        stamp = stamp.with_result(
-            tiles=keys.num_rows,
-            n_clusters=sorted(assigned),
-            picture_k=shown,
-            inertia={str(k): value for k, value in model.inertia.items()},
-            seconds=round(time.perf_counter() - started, 3),
-        )
-        with folder.writing("slide_clusters") as writer:
-            picture = draw_clusters(folder, keys, assigned[shown][0], untrained=stamp.untrained)
-            if picture is not None:
-                writer.image(layout.THUMBNAIL_SLIDE_CLUSTERS, picture, stamp)
-            writer.table(with_clusters(keys, assigned), stamp)
-    except Exception as error:
-        folder.record_failure("slide_clusters", error, inputs=stamp.fingerprint)
-        raise
-    return stamp.just_made()
+    with folder.locked():
+        file = feature_file(folder)
+        if file is None:
+            raise ClusterError(f"{folder.path}: has no features; run `histoencoder extract` first.")
+        stamp = slide_clusters_stamp(file, settings)
+        if not overwrite and folder.fetch("slide_clusters", stamp.fingerprint):
+            folder.clear_failure("slide_clusters")
+            return folder.stamp("slide_clusters") or stamp
+        try:
+            started = time.perf_counter()
+            model = fit.fit_clusters([file], settings, memory_gb=memory_gb, device=device)
+            keys, features = read_features(file.path)
+            assigned = model.assign(features)
+            shown = picture_k(assigned)
+            stamp = stamp.with_result(
+                tiles=keys.num_rows,
+                n_clusters=sorted(assigned),
+                picture_k=shown,
+                inertia={str(k): value for k, value in model.inertia.items()},
+                seconds=round(time.perf_counter() - started, 3),
+            )
+            with folder.writing("slide_clusters") as writer:
+                picture = draw_clusters(folder, keys, assigned[shown][0], untrained=stamp.untrained)
+                if picture is not None:
+                    writer.image(layout.THUMBNAIL_SLIDE_CLUSTERS, picture, stamp)
+                writer.table(with_clusters(keys, assigned), stamp)
+        except Exception as error:
+            folder.record_failure("slide_clusters", error, inputs=stamp.fingerprint)
+            raise
+        return stamp.just_made()

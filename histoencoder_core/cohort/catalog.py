@@ -7,7 +7,6 @@ copy. A reader never sees a half and blocks no run.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 import shutil
@@ -21,7 +20,6 @@ from typing import Any
 
 import duckdb
 import pyarrow as pa
-from filelock import FileLock
 
 from histoencoder_core.clusters import current_model, load_model, model_versions
 from histoencoder_core.cohort import database
@@ -43,7 +41,7 @@ from histoencoder_core.cohort.statistics import (
     read_replicates,
     read_statistics,
 )
-from histoencoder_core.errors import ClusterError
+from histoencoder_core.errors import ClusterError, kind_of
 from histoencoder_core.labels import Annotations
 from histoencoder_core.settings import (
     AnnotationSettings,
@@ -62,9 +60,6 @@ READERS = 4
 
 BATCH = 64
 """Slides that are put in at a time."""
-
-LEFT_BEHIND = 24 * 60 * 60
-"""Seconds after which a temporary file is nobody's."""
 
 COMMITTED = 16
 """Batches that are committed at a time."""
@@ -137,13 +132,13 @@ def build_catalog(
     started = time.perf_counter()
     store.cohort.mkdir(parents=True, exist_ok=True)
     # Of two refreshes at once, the one that looked first must not publish last.
-    with FileLock(store.cohort / "catalog.lock"):
+    with files.locked_to_write(store.catalog_path):
         refresh = _Refresh(store, tiling, encoder, annotations, labels, annotate)
         before = _before(store, refresh.made_for)
         try:
             return _told(store, refresh.publish(before), started)
         except duckdb.Error as error:
-            if before is None:
+            if before is None or kind_of(error) != "unexpected":  # the disk's fault
                 raise
             log.warning("%s: is damaged (%s); it is written anew.", store.catalog_path, error)
             return _told(store, refresh.publish(None), started)
@@ -283,7 +278,6 @@ class _Refresh:
         same = before is not None and before.cohort == (versions, labels, stored)
         if same and not changed and not gone:
             return 0
-        self._clear_up()
         # A database is closed, and so whole, before its file is renamed.
         with files.atomic_path(self.store.catalog_path) as temporary:
             if before is not None:
@@ -316,13 +310,6 @@ class _Refresh:
             if before is None:
                 _note_size(temporary)
         return len(changed)
-
-    def _clear_up(self) -> None:
-        """Remove what a refresh left that was killed long ago: each is as large as the catalog."""
-        for path in self.store.cohort.glob(f".{self.store.catalog_path.name}.*"):
-            with contextlib.suppress(FileNotFoundError):  # another refresh does the same
-                if time.time() - path.stat().st_mtime > LEFT_BEHIND:
-                    files.remove(path)
 
     def _read(self, slides: Iterable[str]) -> Iterator[SlideRows]:
         """Read slides in order, a few ahead."""
@@ -466,7 +453,7 @@ class _Refresh:
 
     def _write_anew(self, path: Path) -> None:
         """Write a catalog from scratch with the rows that it has."""
-        anew = files.temporary_name(path)
+        anew = files.temporary_name(self.store.catalog_path)
         try:
             with database.opened(anew) as connection:
                 connection.begin()

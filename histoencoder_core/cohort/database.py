@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files as package_files
 from pathlib import Path
 from string import Template
@@ -66,13 +67,21 @@ def form() -> str:
     return fingerprint([script(name, (2,)) for name in (*SCRIPTS, "cluster_counts")])
 
 
-def opened(path: Path) -> duckdb.DuckDBPyConnection:
-    """A connection that writes a catalog."""
-    connection = duckdb.connect(str(path))
-    connection.execute(f"SET memory_limit = '{MEMORY}'")
-    # DuckDB draws one on stdout where it takes a process for an interactive one.
-    connection.execute("SET enable_progress_bar = false")
-    return connection
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A connection that writes a catalog, all of which is in its file in the end.
+
+    Raises:
+        duckdb.Error: It is damaged, or there is no space for it.
+    """
+    with duckdb.connect(str(path)) as connection:
+        connection.execute(f"SET memory_limit = '{MEMORY}'")
+        # DuckDB draws one on stdout where it takes a process for an interactive one.
+        connection.execute("SET enable_progress_bar = false")
+        yield connection
+        # Closing a database does this too, but says nothing when the disk is full; its rows then
+        # stay in a log beside it.
+        connection.execute("CHECKPOINT")
 
 
 def create(connection: duckdb.DuckDBPyConnection, n_clusters: Sequence[int]) -> None:

@@ -63,36 +63,37 @@ def ensure_statistics(store: Store, *, replicates: int = REPLICATES, seed: int =
     Raises:
         StoreError: There is no catalog.
     """
-    started = time.perf_counter()
-    with attached(store) as connection:
-        data = counted_fingerprint(connection)
-        if data is None:
+    with files.locked_to_write(store.statistics):
+        started = time.perf_counter()
+        with attached(store) as connection:
+            data = counted_fingerprint(connection)
+            if data is None:
+                return None
+            stamp = Stamp.of(
+                "statistics",
+                algorithm=ALGORITHM,
+                made_from={"data": data, "replicates": replicates, "seed": seed},
+            )
+            before = read_statistics(store)
+            if before is not None and before.fingerprint == stamp.fingerprint:
+                return before
+            labelled = _read(connection)
+        if not len(labelled.labels):
             return None
-        stamp = Stamp.of(
-            "statistics",
-            algorithm=ALGORITHM,
-            made_from={"data": data, "replicates": replicates, "seed": seed},
+        rng = np.random.default_rng(seed)
+        parts = [
+            _rows(scheme, k, counts)
+            for draw in (_bootstrap, _permuted, _permuted_within_slides)
+            for scheme, k, counts in draw(labelled, replicates, rng)
+        ]
+        stamp = stamp.with_result(
+            labelled_slides=labelled.slides,
+            labelled_tiles=len(labelled.labels),
+            seconds=round(time.perf_counter() - started, 3),
         )
-        before = read_statistics(store)
-        if before is not None and before.fingerprint == stamp.fingerprint:
-            return before
-        labelled = _read(connection)
-    if not len(labelled.labels):
-        return None
-    rng = np.random.default_rng(seed)
-    parts = [
-        _rows(scheme, k, counts)
-        for draw in (_bootstrap, _permuted, _permuted_within_slides)
-        for scheme, k, counts in draw(labelled, replicates, rng)
-    ]
-    stamp = stamp.with_result(
-        labelled_slides=labelled.slides,
-        labelled_tiles=len(labelled.labels),
-        seconds=round(time.perf_counter() - started, 3),
-    )
-    with files.atomic_path(store.statistics / TABLE) as temporary:
-        pq.write_table(stamp.on_table(pa.concat_tables(parts)), temporary, compression="zstd")
-    return stamp.just_made()
+        with files.atomic_path(store.statistics / TABLE) as temporary:
+            pq.write_table(stamp.on_table(pa.concat_tables(parts)), temporary, compression="zstd")
+        return stamp.just_made()
 
 
 def read_statistics(store: Store) -> Stamp | None:

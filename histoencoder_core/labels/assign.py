@@ -108,7 +108,8 @@ def label_annotated(
         annotation = annotations.of(folder.slide_id)
     except LabelError as error:
         signature = annotations.signature(folder.slide_id)
-        folder.record_failure("labels", error, inputs=signature)
+        with folder.locked():
+            folder.record_failure("labels", error, inputs=signature)
         raise
     return None if annotation is None else label_slide(folder, source, annotation, settings)
 
@@ -133,15 +134,16 @@ def label_slide(
         LabelError: The annotation meets none of the slide's tiles, or its mask can't be used.
         StoreError: Another program's files stand in the way.
     """
-    stamp = labels_stamp(folder, source, annotation, settings)
-    if folder.fetch("labels", stamp.fingerprint):
-        folder.clear_failure("labels")
-        return folder.stamp("labels") or stamp
-    try:
-        stamp = _label(folder, source.keys, annotation, settings, stamp)
-    except Exception as error:
-        folder.record_failure("labels", error, inputs=stamp.fingerprint)
-        raise
+    with folder.locked():
+        stamp = labels_stamp(folder, source, annotation, settings)
+        if folder.fetch("labels", stamp.fingerprint):
+            folder.clear_failure("labels")
+            return folder.stamp("labels") or stamp
+        try:
+            stamp = _label(folder, source.keys, annotation, settings, stamp)
+        except Exception as error:
+            folder.record_failure("labels", error, inputs=stamp.fingerprint)
+            raise
     return stamp.just_made()
 
 

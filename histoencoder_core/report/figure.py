@@ -133,16 +133,17 @@ def save_figure(
         untrained=figure.untrained,
     )  # fmt: skip
     png, svg = (store.figures / f"{figure.name}.{suffix}" for suffix in ("png", "svg"))
-    prints = [_print_of(path) for path in (png, svg)]
-    made_now = prints != [stamp.fingerprint] * 2
-    if made_now:
-        for path, print_ in zip((png, svg), prints, strict=True):
-            if path.exists() and print_ is None:
-                raise StoreError(
-                    f"{path}: was not written by this program, so it is left alone and the figure "
-                    f"{figure.name} can't be saved. Move it away."
-                )
-        _write(svg, png, stamp, lambda: _dressed(draw(), figure, subtitle, source))
+    with files.locked_to_write(png, svg):
+        prints = [_print_of(path) for path in (png, svg)]
+        made_now = prints != [stamp.fingerprint] * 2
+        if made_now:
+            for path, print_ in zip((png, svg), prints, strict=True):
+                if path.exists() and print_ is None:
+                    raise StoreError(
+                        f"{path}: was not written by this program, so it is left alone and the "
+                        f"figure {figure.name} can't be saved. Move it away."
+                    )
+            _write(svg, png, stamp, lambda: _dressed(draw(), figure, subtitle, source))
     return replace(figure, png=png, svg=svg, fingerprint=stamp.fingerprint, made_now=made_now)
 
 

@@ -57,15 +57,16 @@ def write_page(store: Store, figures: Sequence[Figure], k: int | None = None) ->
         untrained=facts.untrained,
     )
     path = store.report_path
-    print_ = _print_of(path)
-    if path.exists() and print_ is None:
-        raise StoreError(
-            f"{path}: was not written by this program, so it is left alone and the report can't be "
-            "saved. Move it away."
-        )
-    if print_ != stamp.fingerprint:
-        with files.atomic_path(path) as temporary:
-            temporary.write_text(_page(store.root.name, body, stamp), "utf-8")
+    with files.locked_to_write(path):
+        print_ = _print_of(path)
+        if path.exists() and print_ is None:
+            raise StoreError(
+                f"{path}: was not written by this program, so it is left alone and the report "
+                "can't be saved. Move it away."
+            )
+        if print_ != stamp.fingerprint:
+            with files.atomic_path(path) as temporary:
+                temporary.write_text(_page(store.root.name, body, stamp), "utf-8")
     return path
 
 

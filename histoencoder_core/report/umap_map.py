@@ -158,23 +158,24 @@ def fit_umap(store: Store, slides: Sequence[str], model: ClusterModel) -> Stamp:
         },
         untrained=model.untrained,
     )
-    found = read_stamp(path)
-    if found is not None and found.fingerprint == stamp.fingerprint:
-        return found
-    names, features = _sample(inputs)
-    places = _laid_out(model.transform.apply(torch.from_numpy(features)).numpy())
-    table = pa.table(
-        {
-            "slide": pa.array([slide for slide, _ in names], pa.string()),
-            "tile": pa.array([tile for _, tile in names], pa.string()),
-            "umap_1": pa.array(places[:, 0]),
-            "umap_2": pa.array(places[:, 1]),
-        }
-    )
-    stamp = stamp.with_result(tiles=len(places), slides=len(inputs))
-    with files.atomic_path(path) as temporary:
-        pq.write_table(stamp.on_table(table), temporary, compression="zstd")
-    return stamp
+    with files.locked_to_write(path):
+        found = read_stamp(path)
+        if found is not None and found.fingerprint == stamp.fingerprint:
+            return found
+        names, features = _sample(inputs)
+        places = _laid_out(model.transform.apply(torch.from_numpy(features)).numpy())
+        table = pa.table(
+            {
+                "slide": pa.array([slide for slide, _ in names], pa.string()),
+                "tile": pa.array([tile for _, tile in names], pa.string()),
+                "umap_1": pa.array(places[:, 0]),
+                "umap_2": pa.array(places[:, 1]),
+            }
+        )
+        stamp = stamp.with_result(tiles=len(places), slides=len(inputs))
+        with files.atomic_path(path) as temporary:
+            pq.write_table(stamp.on_table(table), temporary, compression="zstd")
+        return stamp
 
 
 def _umap(store: Store, by: By, k: int | None) -> Figure:

@@ -22,13 +22,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from filelock import FileLock
 
 from histoencoder_core.clusters import FeatureFile
 from histoencoder_core.errors import SettingsError
 from histoencoder_core.similar.exact import Floats, Ints, read_rows
 from histoencoder_core.store import Stamp, Store
-from histoencoder_core.store.files import atomic_path, remove
+from histoencoder_core.store.files import atomic_path, locked_to_write, remove
 from histoencoder_core.store.stamp import read_stamp
 from histoencoder_core.store.tables import iter_features, read_table
 
@@ -109,7 +108,7 @@ def tile_index(
         return index
     folder = _folder(store)
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "index.lock"):
+    with locked_to_write(folder):
         # Another process may have made it meanwhile.
         index = _opened(store, stamp, files)
         if index is None:

@@ -290,7 +290,8 @@ def write_arrivals(store: Store, look: Look) -> None:
         "away": [str(folder) for folder in look.away],
     }
     if content != before:
-        files.write_json(store.arrivals_path, content)
+        with files.locked_to_write(store.arrivals_path):
+            files.write_json(store.arrivals_path, content)
 
 
 def read_arrivals(store: Store) -> dict[str, Any]:

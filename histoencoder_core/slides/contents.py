@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock
-
 from histoencoder_core.slides.describe import read_description
 from histoencoder_core.store import Store, files
 
@@ -32,8 +30,7 @@ class Contents:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other processes from claiming contents."""
-        self.store.cohort.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.store.cohort / "contents.lock"):
+        with files.locked(self.store.cohort / ".contents.lock"):
             if not self._folder.is_dir():
                 self._make_again()
             yield
@@ -50,14 +47,17 @@ class Contents:
             return None
 
     def claim(self, sample: str, slide_id: str) -> None:
-        """Write down that a slide has a content."""
+        """Write down that a slide has a content. The lock must be held."""
         if self.owner(sample) == slide_id:
             return
-        with files.atomic_path(self._path(sample)) as temporary:
+        path = self._path(sample)
+        if path.parent.is_dir():
+            files.sweep(path.parent)
+        with files.atomic_path(path) as temporary:
             temporary.write_text(slide_id, "utf-8")
 
     def release(self, sample: str, slide_id: str) -> None:
-        """A slide does not have a content any more."""
+        """A slide does not have a content any more. The lock must be held."""
         if self.owner(sample) == slide_id:
             files.remove(self._path(sample))
 

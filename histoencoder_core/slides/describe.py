@@ -90,7 +90,7 @@ def describe_slide(folder: SlideFolder, found: FoundSlide, row: SheetRow) -> Sta
         SlideError: The slide can't be opened or read. The failure is recorded in its folder.
         StoreError: Another program's files stand in the way.
     """
-    with describing(folder, found, row) as inputs:
+    with folder.locked(), describing(folder, found, row) as inputs:
         stamp = already_described(folder, inputs)
         if stamp is not None:
             return stamp
@@ -100,7 +100,7 @@ def describe_slide(folder: SlideFolder, found: FoundSlide, row: SheetRow) -> Sta
 
 @contextmanager
 def describing(folder: SlideFolder, found: FoundSlide, row: SheetRow) -> Iterator[dict[str, Any]]:
-    """Record the failure of a slide whose description fails.
+    """Record the failure of a slide whose description fails. The slide's lock must be held.
 
     Yields:
         What is described: path, size and time of the file, and its row of ``slides.csv``.

@@ -63,7 +63,7 @@ def receive_slide(store: Store, slide_id: str, found: FoundSlide, sheet: Sheet) 
     """
     folder, row = store.slide(slide_id), sheet.row(slide_id, relative=found.relative)
     contents = Contents(store)
-    with describing(folder, found, row) as inputs:
+    with folder.locked(), describing(folder, found, row) as inputs:
         stamp = already_described(folder, inputs)
         if stamp is not None:
             return Received(slide_id, stamp)

@@ -15,8 +15,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from filelock import FileLock
-
 from histoencoder_core.slides.content import signature
 from histoencoder_core.slides.find import FoundSlide
 from histoencoder_core.store import Store, files, layout
@@ -124,8 +122,7 @@ class Register:
     @contextmanager
     def _changing(self) -> Iterator[tuple[dict[str, Entry], dict[str, str]]]:
         """Change the register, while no other process does."""
-        self.store.cohort.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.store.register_path.with_suffix(".lock")):
+        with files.locked_to_write(self.store.register_path):
             content = self._read()
             slides, aliases = dict(content.slides), dict(content.aliases)
             yield slides, aliases

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +56,31 @@ class SlideFolder:
         """Whether a stage's output is here but was made by another program."""
         return self.record(stage).exists() and self.stamp(stage) is None
 
+    @contextlib.contextmanager
+    def locked(self, *, given_up: Callable[[], bool] | None = None) -> Iterator[None]:
+        """Keep every other process, and thread, from changing this slide's outputs.
+
+        A stage takes the lock before it looks whether it is done, and releases it when its files
+        are in place or its failure is recorded. So of two that do the same slide one works, and the
+        other waits and finds it done. Reading needs no lock.
+
+        What a killed process left is removed: nobody else can be writing here.
+
+        Args:
+            given_up: Asked again and again while another process has the lock.
+
+        Raises:
+            filelock.Timeout: Waiting was given up.
+            OSError: The lock's file can't be written.
+        """
+        with files.locked(self.file(layout.LOCK), given_up=given_up) as held:
+            if held:
+                for folder in (self.path, *self.path.glob(f"{layout.VERSIONS}/*/")):
+                    files.sweep(folder)
+            yield
+
     def fetch(self, stage: Stage, fingerprint: str) -> bool:
-        """Make an output current if it was ever made.
+        """Make an output current if it was ever made. The lock must be held.
 
         Args:
             stage: The stage.
@@ -84,8 +107,8 @@ class SlideFolder:
     def writing(self, stage: Stage) -> Iterator[StageWriter]:
         """Write a stage's files: companions into a waiting room, then all into place.
 
-        The output that was current before is kept under ``versions/<fingerprint>/``. If the block
-        raises, nothing has changed.
+        The lock must be held. The output that was current before is kept under
+        ``versions/<fingerprint>/``. If the block raises, nothing has changed.
 
         Raises:
             StoreError: A file that is not ours stands in the way, or no record was written.
@@ -106,7 +129,7 @@ class SlideFolder:
         self.clear_failure(stage)
 
     def withdraw(self, stage: Stage) -> None:
-        """Take a stage's output away: what it was made from is gone.
+        """Take a stage's output away: what it was made from is gone. The lock must be held.
 
         It is kept under ``versions/<fingerprint>/``, from where `fetch` brings it back. What
         another program made is left alone.
@@ -153,6 +176,8 @@ class SlideFolder:
     def record_failure(self, stage: Stage, error: Exception, *, inputs: Any = None) -> None:
         """Remember why a stage failed, for ``status``, the catalog, and whoever tries again.
 
+        The lock must be held: the failures of all stages are in one file.
+
         Args:
             stage: The stage that failed.
             error: What it raised.
@@ -176,7 +201,7 @@ class SlideFolder:
             log.warning("%s: its failure can't be written down (%s): %s", self.path, lost, reason)
 
     def clear_failure(self, stage: Stage) -> None:
-        """Forget a stage's failure: it succeeded."""
+        """Forget a stage's failure: it succeeded. The lock must be held."""
         failures = self.failures()
         if failures.pop(stage, None) is None:
             return

@@ -32,6 +32,7 @@ TILES = "tiles"
 VERSIONS = "versions"
 FAILURES = "failures.json"
 DUPLICATE = "duplicate.json"
+LOCK = ".lock"
 TILES_CSV = "tiles.csv"
 
 COHORT = "_cohort"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -121,18 +122,30 @@ class Store:
         """
         removed = []
         for slide_id in slides:
-            for stamp, kept in self.slide(slide_id).versions():
-                stage = next(s for s in layout.STAGES if s == stamp.stage)
-                if stages is not None and stage not in stages:
-                    continue
-                for name in (layout.RECORD[stage], *layout.COMPANIONS[stage]):
-                    if (kept / name).exists():
-                        removed.append((kept / name, _size(kept / name)))
-                        if not dry_run:
-                            files.remove(kept / name)
-                if not dry_run and not any(kept.iterdir()):
-                    kept.rmdir()
+            folder = self.slide(slide_id)
+            if not folder.versions():
+                continue
+            with contextlib.nullcontext() if dry_run else folder.locked():
+                removed += _prune(folder, stages, dry_run=dry_run)
         return removed
+
+
+def _prune(
+    folder: SlideFolder, stages: list[Stage] | None, *, dry_run: bool
+) -> list[tuple[Path, int]]:
+    removed = []
+    for stamp, kept in folder.versions():
+        stage = next(s for s in layout.STAGES if s == stamp.stage)
+        if stages is not None and stage not in stages:
+            continue
+        for name in (layout.RECORD[stage], *layout.COMPANIONS[stage]):
+            if (kept / name).exists():
+                removed.append((kept / name, _size(kept / name)))
+                if not dry_run:
+                    files.remove(kept / name)
+        if not dry_run and not any(kept.iterdir()):
+            kept.rmdir()
+    return removed
 
 
 def _size(path: Path) -> int:

@@ -69,25 +69,26 @@ def cut_tiles(
         SlideError: The slide can't be read or the request can't be met. The failure is recorded.
         StoreError: Another program's files stand in the way.
     """
-    slide = read_description(folder)
-    if slide is None:
-        raise SlideError(
-            f"{folder.path}: holds no description of a slide by this program; run `histoencoder "
-            "tile` on the slide first.",
-            kind="missing",
-        )
-    stamp = tiles_stamp(slide, settings)
-    if not overwrite and folder.fetch("tiles", stamp.fingerprint):
-        done = folder.stamp("tiles") or stamp
-        images_due = save_images and not folder.file(layout.TILES).is_dir()
-        if not images_due or done.result.get("tiles") == 0:
-            folder.clear_failure("tiles")
-            return done
-    try:
-        return _cut(folder, slide, settings, stamp, save_images, num_workers)
-    except Exception as error:
-        folder.record_failure("tiles", error, inputs=stamp.fingerprint)
-        raise
+    with folder.locked():
+        slide = read_description(folder)
+        if slide is None:
+            raise SlideError(
+                f"{folder.path}: holds no description of a slide by this program; run "
+                "`histoencoder tile` on the slide first.",
+                kind="missing",
+            )
+        stamp = tiles_stamp(slide, settings)
+        if not overwrite and folder.fetch("tiles", stamp.fingerprint):
+            done = folder.stamp("tiles") or stamp
+            images_due = save_images and not folder.file(layout.TILES).is_dir()
+            if not images_due or done.result.get("tiles") == 0:
+                folder.clear_failure("tiles")
+                return done
+        try:
+            return _cut(folder, slide, settings, stamp, save_images, num_workers)
+        except Exception as error:
+            folder.record_failure("tiles", error, inputs=stamp.fingerprint)
+            raise
 
 
 def _cut(

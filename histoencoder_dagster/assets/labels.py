@@ -48,5 +48,6 @@ def _withdraw(folder: SlideFolder, annotations: Path) -> Metadata:
     """Take labels away, or their failure, whose annotation was taken away."""
     if not annotations.is_dir() or not (folder.stamp("labels") or "labels" in folder.failures()):
         raise LabelError(f"{folder.slide_id}: has no annotation, so there is nothing to label.")
-    folder.withdraw("labels")
+    with folder.locked():
+        folder.withdraw("labels")
     return {"labelled": 0, "withdrawn": "the annotation was taken away"}

@@ -159,7 +159,8 @@ def _seen(store: Store, cursor: Mapping[str, Any]) -> dict[str, str]:
 
 def _remember(store: Store, seen: dict[str, str], before: dict[str, str]) -> str:
     if seen != before:
-        files.write_json(store.annotations_seen_path, seen, indent=None)
+        with files.locked_to_write(store.annotations_seen_path):
+            files.write_json(store.annotations_seen_path, seen, indent=None)
     return fingerprint(seen)
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from histoencoder_core.slides import Description, FoundSlide, describe_slide
 from histoencoder_core.slides.sheet import SheetRow
-from histoencoder_core.store import SlideFolder, Stamp, Store
+from histoencoder_core.store import SlideFolder, Stamp, Store, layout
 from histoencoder_core.store.tables import key_table, tile_name
 
 GLASS, TISSUE = (244, 243, 245), (198, 120, 170)
@@ -209,9 +209,9 @@ def keys_of(*places: tuple[int, int, int, int]) -> pa.Table:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files under a folder, by relative path."""
+    """All files under a folder but locks, by relative path."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name != layout.LOCK
     }

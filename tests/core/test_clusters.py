@@ -40,7 +40,7 @@ from histoencoder_core.store import Stamp, Store, layout
 from histoencoder_core.store.tables import feature_list, key_table, read_table, tile_name
 
 LENGTH = 16
-LEFT = {"catalog.duckdb", "catalog.lock", "cluster_models"}
+LEFT = {"catalog.duckdb", ".catalog.lock", "cluster_models"}
 """What a refresh leaves in the cohort's folder."""
 
 SIDE = 256
@@ -511,6 +511,7 @@ def test_foreign_clusters_are_left_alone(store: Store) -> None:
         layout.FEATURES,
         layout.CLUSTERS,
         layout.FAILURES,
+        layout.LOCK,
     }
 
 

