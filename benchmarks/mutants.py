@@ -37,7 +37,11 @@ from mutation import mutant
 HANG_SECONDS = 240
 """No mutant takes so long, even if each of its stages meets the reader's time limit."""
 
-LIMITS = {"HISTOENCODER_READER_SECONDS": "20", "HISTOENCODER_READER_MEMORY_GB": "2"}
+ENVIRONMENT = {
+    "HISTOENCODER_READER_SECONDS": "20",
+    "HISTOENCODER_READER_MEMORY_GB": "2",
+    "OMP_NUM_THREADS": "1",
+}
 MPP = 0.5
 """What every slide is taken for, in µm/px: many of them state none, or an absurd one."""
 
@@ -198,7 +202,7 @@ def watch(command: Sequence[str], numbers: Sequence[int]) -> Iterator[dict[str, 
             [*command, "--only", listed, "--worker"],
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, **LIMITS},
+            env={**os.environ, **ENVIRONMENT},
         )
         lines: queue.Queue[str | None] = queue.Queue()
         reading = threading.Thread(target=_read_lines, args=(worker, lines), daemon=True)

@@ -77,16 +77,6 @@ def open_decoder(path: Path) -> Decoder:
         ) from error
 
 
-def dicom_series(path: Path) -> str | None:
-    """The series that a DICOM file belongs to; None if it states none.
-
-    Raises:
-        openslide.OpenSlideError: It can't be opened.
-    """
-    with openslide.OpenSlide(path) as slide:
-        return slide.properties.get("dicom.SeriesInstanceUID")
-
-
 class OpenSlideDecoder:
     """Whatever OpenSlide opens."""
 

@@ -21,7 +21,7 @@ import cv2
 import numpy as np
 
 from histoencoder_core.decoding import wire
-from histoencoder_core.decoding.decoders import Decoder, dicom_series, open_decoder
+from histoencoder_core.decoding.decoders import Decoder, open_decoder
 from histoencoder_core.decoding.images import read_image
 from histoencoder_core.errors import SlideError, kind_of
 
@@ -60,8 +60,6 @@ class Desk:
                     return {}, None
                 case "image":
                     return {}, read_image(path)
-                case "series":
-                    return {"series": dicom_series(path)}, None
             raise AssertionError(f"nobody asks to {asked['do']}")
         except SlideError:
             raise

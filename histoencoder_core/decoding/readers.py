@@ -192,19 +192,3 @@ class ImageReading(_Reading):
         _, pixels = self._ask(asked, doing="decoding it", max_pixels=MAX_PIXELS)
         assert pixels is not None
         return pixels
-
-
-class SeriesReading(_Reading):
-    """DICOM files, asked for the series that they belong to. Use it in a ``with`` block."""
-
-    def series(self, path: Path) -> str | None:
-        """The series of a DICOM file; None if it states none.
-
-        Raises:
-            SlideError: It can't be opened.
-        """
-        answer, _ = self._ask(
-            {"do": "series", "path": str(path.absolute())}, doing="looking for its series"
-        )
-        series: str | None = answer["series"]
-        return series

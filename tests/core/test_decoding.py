@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tifffile
 from encoding import small_encoder
-from making import described, gradient_pixels, tissue_pixels, write_dicom, write_tiff
+from making import described, gradient_pixels, tissue_pixels, write_tiff
 from PIL import Image
 
 from histoencoder_core.decoding import pool
@@ -23,7 +23,7 @@ from histoencoder_core.decoding.readers import MAX_LOST, ImageReading, SlideLost
 from histoencoder_core.errors import SlideError
 from histoencoder_core.features import Runner, extract_slides
 from histoencoder_core.settings import TilingSettings
-from histoencoder_core.slides import find_slides, open_slide
+from histoencoder_core.slides import open_slide
 from histoencoder_core.store import Store
 from histoencoder_core.store.tables import read_table
 from histoencoder_core.tiles import cut_tiles
@@ -220,19 +220,6 @@ def test_an_image_larger_than_the_memory_limit_is_told(
     monkeypatch.delenv("HISTOENCODER_READER_MEMORY_GB")
     with open_slide(path) as slide:
         assert slide.width == 9000
-
-
-def test_a_dicom_file_that_crashes_is_its_own_series(
-    tmp_path: Path, fault: Callable[[str], None]
-) -> None:
-    uids = ("1.2.9.1", "1.2.9.2")
-    for level in range(3):
-        pixels = tissue_pixels(1024 >> level, 1024 >> level)
-        path = tmp_path / "slides" / f"{level}.dcm"
-        write_dicom(path, pixels, uids=uids, mpp=0.5 * 2**level, patient="X", level=level)
-    fault(f"if path.endswith('1.dcm'): {SEGFAULT}")
-    found = [slide.relative for slide in find_slides(tmp_path / "slides")]
-    assert found == ["0.dcm", "1.dcm"]
 
 
 def test_a_reader_ends_with_its_program_even_while_its_threads_hang(
