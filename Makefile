@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo ui test lint typecheck unit chaos bench-catalog bench-extraction bench-clusters bench-similar clean
+.PHONY: help install demo ui test lint typecheck unit chaos mutants bench-catalog bench-extraction bench-clusters bench-similar clean
 
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -51,6 +51,9 @@ bench-clusters: $(INSTALLED) ## Measure the fit of a cluster model beside scikit
 
 bench-similar: $(INSTALLED) ## Measure nearest tiles; BENCH=<more options>
 	$(BIN)/python benchmarks/similar.py $(BENCH)
+
+mutants: $(INSTALLED) ## Bring 1,000 damaged slides through the stages; SLIDES=<folder of sound ones>, BENCH=<more options>
+	$(BIN)/python benchmarks/mutants.py $(or $(SLIDES),../shared/data/slides) $(BENCH)
 
 clean: ## Remove the environment and the demo
 	rm -rf $(VENV) demo

@@ -13,9 +13,9 @@ import numpy.typing as npt
 import pyarrow as pa
 from PIL import Image, ImageDraw, ImageFont
 
+from histoencoder_core.decoding.images import read_image
 from histoencoder_core.slides import read_description
 from histoencoder_core.slides.describe import THUMBNAIL_DIMENSION
-from histoencoder_core.slides.images import read_image
 from histoencoder_core.store import SlideFolder, layout
 
 Pixels = npt.NDArray[np.uint8]

@@ -8,7 +8,7 @@ from pathlib import Path
 import cv2
 from PIL import Image
 
-from histoencoder_core.slides.images import read_image
+from histoencoder_core.decoding.images import read_image
 
 _QUALITY = 75
 

@@ -235,6 +235,8 @@ class PlatformSettings(BaseSettings):
             a GPU.
         batch_size: Tiles a forward pass; by default as suits the device.
         readers: Threads that read tiles; by default one a CPU core.
+        reader_seconds: Time that the process which decodes a slide may take for one answer.
+        reader_memory_gb: Memory in GB (10⁹ bytes) that this process may take.
         slides_per_run: Slides a Dagster run.
         runs_in_flight: Runs of a stage that may be queued or running at once before more are asked
             for; what waits stays owed.
@@ -259,6 +261,8 @@ class PlatformSettings(BaseSettings):
     backend: Literal["auto", Backend] = "auto"
     batch_size: int | None = Field(default=None, ge=1)
     readers: int | None = Field(default=None, ge=1)
+    reader_seconds: float = Field(default=120.0, gt=0)
+    reader_memory_gb: float = Field(default=4.0, gt=0)
     slides_per_run: int = Field(default=25, ge=1)
     runs_in_flight: int = Field(default=4, ge=1)
     newest_first: bool = False

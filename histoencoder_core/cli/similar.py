@@ -12,13 +12,13 @@ from PIL import Image
 from histoencoder_core.cli.cohort import OptionalStore
 from histoencoder_core.cli.tables import print_row, print_table
 from histoencoder_core.cohort import run_sql
+from histoencoder_core.decoding.images import IMAGE_FORMATS
 from histoencoder_core.errors import SettingsError
 from histoencoder_core.montage import Pixels, montage
 from histoencoder_core.settings import PlatformSettings
 from histoencoder_core.similar import find_tile, prototypes, similar_tiles
 from histoencoder_core.store import Store
 from histoencoder_core.store.files import atomic_path
-from histoencoder_core.store.layout import IMAGE_FORMATS
 
 show = typer.Typer(help="Show what numbers stand for.", no_args_is_help=True)
 

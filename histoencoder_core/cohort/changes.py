@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from histoencoder_core.decoding.images import IMAGE_FORMATS
 from histoencoder_core.labels import Annotations
 from histoencoder_core.slides.register import Entry
 from histoencoder_core.store import Store, layout
@@ -22,7 +23,7 @@ from histoencoder_core.tiles.source import read_tiles_csv, slide_ids_with_tiles
 
 _RECORDS = frozenset(layout.RECORD.values())
 _WATCHED = _RECORDS | {layout.FAILURES}
-_IMAGES = tuple(layout.IMAGE_FORMATS)
+_IMAGES = tuple(IMAGE_FORMATS)
 _OF_MANY_FILES = (".vms", ".vmu", ".dcm")
 """Suffixes of slides whose other files lie beside them, under names that only they tell."""
 

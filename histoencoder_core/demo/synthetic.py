@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import cv2
 import numpy as np
+import tifffile
 from shapely import MultiPolygon, Polygon, make_valid, set_precision, union_all
 from shapely.geometry import mapping
 
-from histoencoder_core.errors import HistoEncoderError
 from histoencoder_core.store.files import atomic_path
 
 if TYPE_CHECKING:
@@ -117,7 +117,6 @@ def make_synthetic_cohort(folder: Path, *, slides: int = 6, seed: int = 0) -> li
 
     Raises:
         ValueError: `slides` is less than 1, or `seed` is negative.
-        HistoEncoderError: tifffile is not installed.
     """
     if slides < 1 or seed < 0:
         raise ValueError(f"slides must be 1 or more and seed 0 or more, not {slides} and {seed}")
@@ -655,11 +654,6 @@ def _cell_borders(
 
 
 def _write_pyramid(path: Path, image: Bytes) -> None:
-    try:
-        import tifffile
-    except ImportError as error:
-        message = "Drawing slides needs tifffile: install histoencoder-platform[demo]."
-        raise HistoEncoderError(message) from error
     with atomic_path(path) as part, tifffile.TiffWriter(part) as tiff:
         pixels = image
         for level in range(LEVELS):

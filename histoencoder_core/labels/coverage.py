@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import shapely
 
+from histoencoder_core.decoding.images import read_image
 from histoencoder_core.errors import LabelError
 from histoencoder_core.labels.geojson import polygonal
 from histoencoder_core.labels.masks import OUTSIDE, RULES, Mask, MaskReader, open_mask
-from histoencoder_core.slides.images import read_image
 from histoencoder_core.store import SlideFolder, layout
 
 POINTS = 32

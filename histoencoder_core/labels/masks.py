@@ -16,8 +16,8 @@ import openslide
 import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
 
+from histoencoder_core.decoding.images import read_header, read_values
 from histoencoder_core.errors import LabelError, SlideError
-from histoencoder_core.slides.images import read_header, read_values
 
 RULES = "masks.yaml"
 """The file in the folder of annotations that tells what the values of masks mean."""

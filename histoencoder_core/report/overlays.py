@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure as Drawing
 
+from histoencoder_core.decoding.images import read_image
 from histoencoder_core.errors import SlideError
 from histoencoder_core.report.facts import NO_CLUSTERS, counted, read_facts, rows_of
 from histoencoder_core.report.figure import INK, Figure, save_figure, short
@@ -20,7 +21,6 @@ from histoencoder_core.report.legends import (
     key_rows,
     read_clusters,
 )
-from histoencoder_core.slides.images import read_image
 from histoencoder_core.store import Store, layout
 
 log = logging.getLogger(__name__)

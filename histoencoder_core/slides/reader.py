@@ -9,21 +9,64 @@ from typing import Self
 
 import cv2
 import numpy as np
-import openslide
 from histoprep import SlideReader
+from histoprep._backend import SlideReaderBackend
 
+from histoencoder_core.decoding.facts import Region
+from histoencoder_core.decoding.readers import SlideReading
 from histoencoder_core.errors import SlideError
-from histoencoder_core.slides.backends import (
-    Backend,
-    CziBackend,
-    JpegBackend,
-    OpenSlideBackend,
-    Region,
-)
-from histoencoder_core.slides.find import suffix_of
 
 _LFS = b"version https://git-lfs"
 _STRIP_ROWS = 1024
+
+
+class _ProcessBackend(SlideReaderBackend):  # type: ignore[misc]  # HistoPrep has no types
+    """HistoPrep's view of a slide that another process decodes."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.reading = SlideReading(path)
+        self.facts = self.reading.facts
+        self.BACKEND_NAME = self.facts.backend
+
+    @property
+    def reader(self) -> SlideReading:
+        """What reads it."""
+        return self.reading
+
+    @property
+    def data_bounds(self) -> Region:
+        """The whole slide, ``x, y, w, h`` in level-0 pixels."""
+        height, width = self.dimensions
+        return (0, 0, width, height)
+
+    @property
+    def dimensions(self) -> tuple[int, int]:
+        """(height, width) at level 0."""
+        return self.facts.sizes[0]
+
+    @property
+    def level_count(self) -> int:
+        """Number of levels."""
+        return len(self.facts.sizes)
+
+    @property
+    def level_dimensions(self) -> dict[int, tuple[int, int]]:
+        """(height, width) of each level."""
+        return dict(enumerate(self.facts.sizes))
+
+    @property
+    def level_downsamples(self) -> dict[int, tuple[float, float]]:
+        """Downsample of (height, width) of each level."""
+        return dict(enumerate(self.facts.downsamples))
+
+    def read_level(self, level: int) -> np.ndarray:
+        """Read a whole level: uint8 (height, width, 3)."""
+        return self.read_region(self.data_bounds, level)
+
+    def read_region(self, xywh: Region, level: int = 0) -> np.ndarray:
+        """Read a level-0 region at a level: uint8 (height, width, 3)."""
+        return self.reading.read(xywh, level)
 
 
 class Slide:
@@ -39,15 +82,16 @@ class Slide:
         backend: Name of the backend that reads it.
     """
 
-    def __init__(self, path: Path, backend: type[Backend]) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
+        self._reader = SlideReader(path, backend=_ProcessBackend)
         # The backend is HistoPrep's private attribute only because it has no public name.
-        self._reader = SlideReader(path, backend=backend)
-        self._backend: Backend = self._reader._backend
+        self._reading: SlideReading = self._reader._backend.reading
+        facts = self._reading.facts
         self.height, self.width = self._reader.dimensions
         self.downsamples = [(x, y) for y, x in self._reader.level_downsamples.values()]
-        self.mpp = self._backend.mpp
-        self.properties = self._backend.kept_properties
+        self.mpp = facts.mpp
+        self.properties = facts.properties
         self.backend = self._reader.backend_name
 
     def __enter__(self) -> Self:
@@ -59,7 +103,7 @@ class Slide:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._backend.close()
+        self._reading.close()
 
     @property
     def level_sizes(self) -> list[tuple[int, int]]:
@@ -69,7 +113,7 @@ class Slide:
     @property
     def exact_levels(self) -> bool:
         """Whether a part of a region of a lower level has the pixels that it has alone."""
-        return self._backend.EXACT_LEVELS
+        return self._reading.facts.exact_levels
 
     def size_at(self, level: int, region: Region) -> tuple[int, int]:
         """(height, width) in pixels that `read` gives for a region.
@@ -78,7 +122,7 @@ class Slide:
             level: Pyramid level.
             region: ``x, y, w, h`` in level-0 pixels.
         """
-        return self._backend.level_region(region, level)
+        return self._reading.facts.size_at(level, region)
 
     def read(self, region: Region, *, level: int = 0) -> np.ndarray:
         """Read a region.
@@ -91,16 +135,10 @@ class Slide:
             uint8 array of shape (h, w, 3), divided by the level's downsample.
 
         Raises:
-            SlideError: The region can't be decoded. Other regions may still be.
+            SlideError: The region can't be decoded. Other regions may still be, unless it is a
+                `SlideLostError`.
         """
-        try:
-            return np.asarray(self._reader.read_region(region, level))
-        except (openslide.OpenSlideError, RuntimeError, ValueError) as error:
-            raise SlideError(
-                f"{self.path}: region {region} can't be read ({error}). The file is damaged: copy "
-                "it again from the scanner, or scan the slide again.",
-                kind="unreadable",
-            ) from error
+        return np.asarray(self._reader.read_region(region, level))
 
     def overview(self, max_dimension: int) -> np.ndarray:
         """Read the whole slide, small.
@@ -134,13 +172,14 @@ class Slide:
 
 
 def open_slide(path: Path) -> Slide:
-    """Open a slide with the backend that its suffix names.
+    """Open a slide with the decoder that its suffix names, in a process of its own.
 
     Args:
         path: Whatever OpenSlide opens, a CZI, or a JPEG.
 
     Raises:
-        SlideError: There is no such file, its format is not read here, or it is damaged.
+        SlideError: There is no such file, its format is not read here, it is cut short or damaged,
+            or it crashes its decoder.
     """
     if not path.is_file():
         raise SlideError(
@@ -155,23 +194,4 @@ def open_slide(path: Path) -> Slide:
                 "`git lfs pull`.",
                 kind="unreadable",
             )
-    suffix = suffix_of(path)
-    if suffix in {".jpg", ".jpeg"}:
-        return Slide(path, JpegBackend)
-    backend: type[Backend] = CziBackend if suffix == ".czi" else OpenSlideBackend
-    try:
-        return Slide(path, backend)
-    except openslide.OpenSlideUnsupportedFormatError as error:
-        raise SlideError(
-            f"{path}: OpenSlide does not recognise it as a slide ({error}). The file is damaged, "
-            "cut short, or of an unsupported format: copy it again, or export it as a tiled TIFF.",
-            kind="unsupported",
-        ) from error
-    except SlideError:
-        raise
-    except (openslide.OpenSlideError, RuntimeError, ValueError, OSError) as error:
-        raise SlideError(
-            f"{path}: can't be opened ({error}). The file is damaged or uses a feature that the "
-            "reader lacks: copy it again, or export it as a tiled TIFF.",
-            kind="unreadable",
-        ) from error
+    return Slide(path)

@@ -65,9 +65,6 @@ FEATURES_ALGORITHM = 2
 
 SLIDE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
-IMAGE_FORMATS = {".jpeg": "JPEG", ".jpg": "JPEG", ".png": "PNG", ".tif": "TIFF", ".tiff": "TIFF"}
-"""Suffixes of tile images and the one format each is decoded as."""
-
 
 def is_slide_id(name: str) -> bool:
     """Whether a name may be a slide's id, and so a folder's and a partition's name.

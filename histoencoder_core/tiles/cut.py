@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pyarrow as pa
 
+from histoencoder_core.decoding.images import pad_white
 from histoencoder_core.errors import SlideError
 from histoencoder_core.settings import TilingSettings
 from histoencoder_core.slides import (
@@ -19,7 +20,6 @@ from histoencoder_core.slides import (
     read_description,
     unchanged,
 )
-from histoencoder_core.slides.backends import pad_white
 from histoencoder_core.slides.describe import THUMBNAIL_DIMENSION
 from histoencoder_core.store import SlideFolder, Stamp, layout
 from histoencoder_core.store.folder import StageWriter

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from histoencoder_core.errors import SlideError
+from histoencoder_core.decoding.readers import ImageReading, SlideLostError
+from histoencoder_core.errors import KINDS, SlideError
 from histoencoder_core.slides import Slide, open_slide
-from histoencoder_core.slides.images import read_image
 from histoencoder_core.store.tables import Place
 
 BLOCK_PX = 1536
@@ -81,10 +81,8 @@ class SlideTiles:
         return tiles
 
     def _read_alone(self, row: int) -> Tile:
-        try:
-            return self._slide.read(self._places[row], level=self._levels[row])
-        except SlideError as error:
-            return error
+        place, level = self._places[row], self._levels[row]
+        return _tile_or_why_not(lambda: self._slide.read(place, level=level))
 
 
 class ImageTiles:
@@ -94,8 +92,8 @@ class ImageTiles:
         blocks: A few rows each, in order.
     """
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths = paths
+    def __init__(self, images: ImageReading, paths: Sequence[Path]) -> None:
+        self._images, self._paths = images, paths
         rows, size = range(len(paths)), IMAGES_A_BLOCK
         self.blocks = [rows[start : start + size] for start in range(0, len(rows), size)]
 
@@ -103,12 +101,8 @@ class ImageTiles:
         """Decode images."""
         return [self._read(self._paths[row]) for row in rows]
 
-    @staticmethod
-    def _read(path: Path) -> Tile:
-        try:
-            return read_image(path)
-        except SlideError as error:
-            return error
+    def _read(self, path: Path) -> Tile:
+        return _tile_or_why_not(lambda: self._images.read(path))
 
 
 @contextlib.contextmanager
@@ -122,6 +116,25 @@ def open_slide_tiles(
     """
     with open_slide(path) as slide:
         yield SlideTiles(slide, places, levels)
+
+
+@contextlib.contextmanager
+def open_image_tiles(paths: Sequence[Path]) -> Iterator[ImageTiles]:
+    """Get ready to decode images."""
+    with ImageReading() as images:
+        yield ImageTiles(images, paths)
+
+
+def _tile_or_why_not(read: Callable[[], np.ndarray]) -> Tile:
+    """A tile may be missing for what the file is, not for what passes: that is tried again."""
+    try:
+        return read()
+    except SlideLostError:
+        raise
+    except SlideError as error:
+        if KINDS[error.kind].transient:
+            raise
+        return error
 
 
 def _neighbourhood(slide: Slide, place: Place, level: int, row: int) -> tuple[int, ...]:

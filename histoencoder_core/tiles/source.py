@@ -19,13 +19,13 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from histoencoder_core.decoding.images import IMAGE_FORMATS, image_size
 from histoencoder_core.errors import SlideError, StoreError
 from histoencoder_core.settings import fingerprint
 from histoencoder_core.slides import read_description, unchanged
-from histoencoder_core.slides.images import image_size
 from histoencoder_core.store import SlideFolder, Stamp, Store, layout
 from histoencoder_core.store.tables import Place, key_table, place_of, read_keys, read_table
-from histoencoder_core.tiles.pixels import ImageTiles, TilePixels, open_slide_tiles
+from histoencoder_core.tiles.pixels import TilePixels, open_image_tiles, open_slide_tiles
 
 TILES_CSV_COLUMNS = ("path", "slide", "x", "y", "label")
 _OUR_PICTURES = ("thumbnail",)
@@ -303,7 +303,7 @@ def _image_source(keys: pa.Table, paths: list[Path], upstream: str | None = None
     return TileSource(
         keys,
         lambda: upstream or _images_fingerprint(keys, paths),
-        lambda: contextlib.nullcontext(ImageTiles(paths)),
+        lambda: open_image_tiles(paths),
     )
 
 
@@ -322,7 +322,7 @@ def _images_in(folder: Path) -> list[Path]:
         return sorted(
             path
             for path in folder.iterdir()
-            if path.suffix.lower() in layout.IMAGE_FORMATS
+            if path.suffix.lower() in IMAGE_FORMATS
             and not path.name.startswith((".", *_OUR_PICTURES))
         )
     except (FileNotFoundError, NotADirectoryError):

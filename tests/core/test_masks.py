@@ -14,12 +14,12 @@ from making import described, halved, tissue_pixels, write_tiff
 from PIL import Image
 from shapely.geometry import Polygon, box
 
+from histoencoder_core.decoding.images import read_image
 from histoencoder_core.errors import LabelError
 from histoencoder_core.labels import Annotations, label_slide, why_due
 from histoencoder_core.labels.coverage import POINTS, Tissue, read_tissue, shares
 from histoencoder_core.labels.masks import CONVENTIONS, Mask, MaskValues, open_mask, read_rules
 from histoencoder_core.settings import LabelSettings, TilingSettings
-from histoencoder_core.slides.images import read_image
 from histoencoder_core.slides.sheet import SheetRow
 from histoencoder_core.store import SlideFolder, Store
 from histoencoder_core.store.tables import read_table

@@ -19,9 +19,9 @@ from making import (
 )
 from PIL import Image
 
+from histoencoder_core.decoding.images import image_size, on_white, read_image
 from histoencoder_core.errors import SlideError
 from histoencoder_core.slides import Slide, open_slide
-from histoencoder_core.slides.images import image_size, on_white, read_image
 
 UIDS = ("1.2.3.1", "1.2.3.2")
 
@@ -312,7 +312,7 @@ def test_an_overview_is_the_whole_slide(tmp_path: Path) -> None:
     ("name", "kind", "told"),
     [
         ("DERIVED_empty.svs", "unreadable", "is empty"),
-        ("DERIVED_truncated_1200000_CMU-1-Small-Region.svs", "unsupported", "cut short"),
+        ("DERIVED_truncated_1200000_CMU-1-Small-Region.svs", "truncated", "bytes beyond its end"),
         ("histolab_broken.svs", "unsupported", "not recognise"),
         ("lfs_pointer_default.svs", "unreadable", "git lfs pull"),
         ("largeimage_zero_gi.tif", "unsupported", "not recognise"),

@@ -14,11 +14,16 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from histoencoder_core.errors import SlideError
-from histoencoder_core.store.layout import IMAGE_FORMATS
+from histoencoder_core.decoding.truncation import is_endless_jpeg
+from histoencoder_core.errors import SlideError, kind_of
+
+IMAGE_FORMATS = {".jpeg": "JPEG", ".jpg": "JPEG", ".png": "PNG", ".tif": "TIFF", ".tiff": "TIFF"}
+"""Suffixes of images and the one format each is decoded as."""
 
 MAX_PIXELS = 20_000 * 20_000
 """Largest image decoded whole, HistoPrep's own limit."""
+
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # as HistoPrep sets it; Pillow's own is smaller
 
 _DEEP_MODES = ("I", "F")
 """What Pillow's modes of more than 8 bits a channel begin with; it clips them to white."""
@@ -44,14 +49,15 @@ def read_image(path: Path) -> np.ndarray:
 
     Raises:
         SlideError: The suffix is none of those, the pixels have more than 8 bits, or the content
-            is damaged or of another format.
+            is damaged, cut short or of another format.
     """
     image_format = _format_of(path)
+    content = b""
     try:
+        content = path.read_bytes()
         # From memory: decoding TIFF from file descriptors in several threads at once mixes them up,
         # which gives errors and, worse, another image's pixels.
-        content = io.BytesIO(path.read_bytes())
-        with Image.open(content, formats=[image_format]) as image:
+        with Image.open(io.BytesIO(content), formats=[image_format]) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise _too_large(path, image)
             if image.mode.startswith(_DEEP_MODES):
@@ -62,6 +68,11 @@ def read_image(path: Path) -> np.ndarray:
                 )
             return as_rgb(image)
     except _DAMAGES as error:
+        if image_format == "JPEG" and is_endless_jpeg(content):
+            raise SlideError(
+                f"{path}: is cut short: it is a JPEG without an end ({error}). Copy it again.",
+                kind="truncated",
+            ) from error
         raise _unreadable(path, image_format, error) from error
 
 
@@ -162,6 +173,8 @@ def _too_large(path: Path, image: Image.Image) -> SlideError:
 
 
 def _unreadable(path: Path, image_format: str, error: BaseException) -> SlideError:
+    if isinstance(error, OSError) and error.errno is not None:
+        return SlideError(f"{path}: can't be read ({error.strerror}).", kind=kind_of(error))
     # Pillow would name the object in memory that it was given.
     unknown = isinstance(error, UnidentifiedImageError)
     why = f"it does not begin as a {image_format} file" if unknown else error
@@ -198,3 +211,23 @@ def on_white(rgba: np.ndarray) -> np.ndarray:
         return np.asarray(cv2.cvtColor(rgba, cv2.COLOR_RGBA2RGB))
     weight = alpha.astype(np.uint16)
     return ((rgba[..., :3] * weight + 255 * (255 - weight) + 127) // 255).astype(np.uint8)
+
+
+def pad_white(
+    pixels: np.ndarray, size: tuple[int, int], *, at: tuple[int, int] = (0, 0)
+) -> np.ndarray:
+    """Lay pixels onto a white canvas.
+
+    Args:
+        pixels: uint8 array of shape (h, w, 3), no larger than the canvas.
+        size: (height, width) of the canvas.
+        at: (row, column) of the pixels' top-left corner.
+
+    Returns:
+        uint8 array of shape (height, width, 3).
+    """
+    if pixels.shape[:2] == size:
+        return np.ascontiguousarray(pixels)
+    canvas = np.full((*size, 3), 255, np.uint8)
+    canvas[at[0] : at[0] + pixels.shape[0], at[1] : at[1] + pixels.shape[1]] = pixels
+    return canvas
