@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo ui test lint typecheck unit bench-catalog bench-extraction bench-clusters bench-similar clean
+.PHONY: help install demo ui test lint typecheck unit bench-catalog bench-extraction bench-clusters bench-similar bench-tissue clean
 
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -47,6 +47,9 @@ bench-clusters: $(INSTALLED) ## Measure the fit of a cluster model beside scikit
 
 bench-similar: $(INSTALLED) ## Measure nearest tiles; BENCH=<more options>
 	$(BIN)/python benchmarks/similar.py $(BENCH)
+
+bench-tissue: $(INSTALLED) ## Measure how much ink passes for tissue; needs HISTOENCODER_TEST_DATA; BENCH=<more options>
+	$(BIN)/python benchmarks/tissue.py $(BENCH)
 
 clean: ## Remove the environment and the demo
 	rm -rf $(VENV) demo

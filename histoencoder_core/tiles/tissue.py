@@ -11,6 +11,7 @@ import numpy as np
 
 from histoencoder_core.errors import SlideError
 from histoencoder_core.settings import TilingSettings
+from histoencoder_core.tiles.ink import Ink, find_ink
 
 DARK_GREY = 32
 """A slide of which more than half is darker than this grey value has a dark background."""
@@ -26,24 +27,28 @@ class Tissue:
     Attributes:
         mask: uint8 array of shape (height, width), 1 for tissue, 0 for background.
         threshold: The grey value in [0, 255] that parts them; None if there is no tissue to part.
+        ink: Where ink is; None on a dark background, where none is looked for.
     """
 
     mask: np.ndarray
     threshold: int | None
+    ink: Ink | None
 
 
 def find_tissue(overview: np.ndarray, settings: TilingSettings, *, path: Path) -> Tissue:
     """Find tissue by HistoPrep's method: blur, Otsu's threshold times a factor.
 
     Otsu's method parts any image in two, even empty glass; parts that hardly differ are no tissue.
+    Ink is no tissue either, and has no say in the threshold: black ink would move it so far that
+    pale tissue is lost.
 
     Args:
         overview: uint8 array of shape (height, width, 3).
-        settings: ``threshold``, ``multiplier``, ``sigma`` and ``background`` are used.
+        settings: ``tissue``, ``threshold``, ``multiplier``, ``sigma`` and ``background`` are used.
         path: The slide's file, for messages.
 
     Returns:
-        The mask and its threshold.
+        The mask and its threshold, and where ink is.
 
     Raises:
         SlideError: The background is dark where a bright one was expected, or the other way round.
@@ -65,15 +70,21 @@ def find_tissue(overview: np.ndarray, settings: TilingSettings, *, path: Path) -
                 kind="dark-background",
             )
         grey = 255 - grey
+    ink = find_ink(overview) if settings.background == "bright" else None
+    left_out = ink.mask if ink is not None and settings.tissue == "without-ink" else None
+    if left_out is not None:
+        grey[left_out == 1] = 255  # as glass; Otsu's threshold leaves white out
     if settings.threshold is None and not _has_contrast(grey, settings.sigma):
-        return Tissue(np.zeros_like(grey), None)
+        return Tissue(np.zeros_like(grey), None, ink)
     threshold, mask = histoprep.get_tissue_mask(
         image=grey,
         threshold=settings.threshold,
         multiplier=settings.multiplier,
         sigma=settings.sigma,
     )
-    return Tissue(mask, threshold)
+    if left_out is not None:
+        mask[left_out == 1] = 0  # the blur and a threshold of 255 make tissue of it again
+    return Tissue(mask, threshold, ink)
 
 
 def _has_contrast(grey: np.ndarray, sigma: float) -> bool:
