@@ -39,6 +39,9 @@ of pigment or speck of dust is ink."""
 REACH = 28
 """How many pixels at the working size ink fades out over: it is out of focus, and runs."""
 
+RIM = 3
+"""How many pixels at the working size around ink are too faint to be told, and go with it."""
+
 MIN_EOSIN = 0.1
 """Share of pink in all that is not glass or black, below which the stain is not H&E: on H&E slides
 it was 0.7 or more, also beside ink; on the same slides in the colours of DAB, none."""
@@ -90,8 +93,10 @@ def find_ink(overview: np.ndarray) -> Ink:
         faint = (red_ratio <= 0.3) & (blue_ratio >= 0.8) & (blue_ratio <= 1.3) & (green >= 0.5)
         red_ink = (red_ratio <= 0.25) & (blue_ratio >= 0.83) & (green >= 1.0) & faint
         found |= _reach(red_ink, faint)
+    brush = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * RIM + 1, 2 * RIM + 1))
+    rimmed = cv2.dilate(found.astype(np.uint8), brush)
     size = (overview.shape[1], overview.shape[0])
-    mask = cv2.resize(found.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
+    mask = cv2.resize(rimmed, size, interpolation=cv2.INTER_NEAREST)
     return Ink(mask, coloured)
 
 
