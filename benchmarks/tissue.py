@@ -7,7 +7,8 @@
 - ``pen``: pictures that bear ink, with a mask of it. ``ink_as_tissue`` is the share of the ink's
   pixels that the method takes for tissue; ``tissue_lost`` the share of Otsu's tissue outside of the
   mask that it does not, and ``tissue_lost_beyond_rim`` the same without a rim of 1 % of the
-  picture's size around the mask, since masks end where ink can still be seen.
+  picture's size around the mask, since masks end where ink can still be seen; ``glass_as_tissue``
+  the share of the rest, which is not Otsu's tissue, that it takes for tissue.
 - ``no_pen``: the share of Otsu's tissue that is lost where there is no pen.
 - ``drawn``: strokes drawn on slides, whose place is known: the share of ink taken for tissue, over
   tissue and on glass, and the share of tissue lost elsewhere, of that found without the stroke.
@@ -140,6 +141,7 @@ def measure_pens(folder: Path, say: Callable[..., None]) -> None:
                 ink_as_tissue=share(found, ink),
                 tissue_lost=share(~found, otsu & ~ink),
                 tissue_lost_beyond_rim=share(~found, otsu & ~with_rim),
+                glass_as_tissue=share(found, ~otsu & ~ink),
             )
 
 
