@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo ui test lint typecheck unit chaos mutants bench-catalog bench-extraction bench-clusters bench-similar clean
+.PHONY: help install demo ui test lint typecheck unit chaos mutants bench-catalog bench-extraction bench-clusters bench-similar bench-tissue clean
 
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -54,6 +54,9 @@ bench-similar: $(INSTALLED) ## Measure nearest tiles; BENCH=<more options>
 
 mutants: $(INSTALLED) ## Bring 1,000 damaged slides through the stages; SLIDES=<folder of sound ones>, BENCH=<more options>
 	$(BIN)/python benchmarks/mutants.py $(or $(SLIDES),../shared/data/slides) $(BENCH)
+
+bench-tissue: $(INSTALLED) ## Measure how much ink passes for tissue; needs HISTOENCODER_TEST_DATA; BENCH=<more options>
+	$(BIN)/python benchmarks/tissue.py $(BENCH)
 
 clean: ## Remove the environment and the demo
 	rm -rf $(VENV) demo

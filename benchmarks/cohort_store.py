@@ -260,7 +260,7 @@ def _write_tiles(
     table = keys.append_column("level", pa.array([0] * count, pa.int32()))
     for name in ("mpp_x", "mpp_y"):
         table = table.append_column(name, pa.array([0.5] * count, pa.float64()))
-    for name in ("background", *METRICS):
+    for name in ("background", "ink", "blank", *METRICS):
         table = table.append_column(name, pa.array(rng.random(count, np.float32)))
     _write(folder.record("tiles"), table, tiles_stamp(description, TILING))
     return keys

@@ -74,8 +74,16 @@ class TilingSettings(StageSettings):
         width: Tile width in level-0 pixels (HistoPrep's way).
         height: Tile height in level-0 pixels; `width` if not given (HistoPrep's way).
         overlap: Share of a tile's width that it has in common with its neighbour, in [0, 1).
-        max_background: Largest share of background in a kept tile.
+        max_background: Largest share of background, ink included, in a kept tile.
+        max_ink: Largest share of ink in a kept tile; any if not given.
+        max_blank: Largest share of a kept tile that is neither tissue nor ink; any if not given.
+        max_blur: Largest blur of a kept tile (see `tiles.quality`); any if not given. It needs
+            ``metrics="tile"``: what is out of focus does not show on an overview.
         in_bounds: Leave out tiles that reach beyond the slide's border.
+        tissue: How tissue is told from what is not: ``without-ink`` by HistoPrep's method after ink
+            of pens and dye is left out (see `tiles.ink`); ``otsu`` by HistoPrep's method alone, to
+            which ink is tissue. Stains with blue, green or black of their own beside pink, such as
+            Giemsa's, need the latter.
         threshold: Grey value in [0, 255] below which a pixel is tissue; Otsu's if not given.
         multiplier: Factor on Otsu's threshold.
         sigma: Standard deviation in pixels of the blur before thresholding.
@@ -84,7 +92,7 @@ class TilingSettings(StageSettings):
             inverted before thresholding. A slide that is the other kind is refused.
         allow_upsampling: Accept a request finer than the slide's own resolution.
         metrics: Where the quality metrics are measured: on the ``overview`` in which tissue was
-            looked for, or on every ``tile`` at full resolution (reads the whole slide once more).
+            looked for, or on every ``tile`` at its own resolution (reads the whole slide again).
     """
 
     mpp: float = Field(default=0.5, gt=0)
@@ -94,7 +102,11 @@ class TilingSettings(StageSettings):
     height: int | None = Field(default=None, ge=8, le=65536)
     overlap: float = Field(default=0.5, ge=0, lt=1)
     max_background: float = Field(default=0.5, ge=0, le=1)
+    max_ink: float | None = Field(default=None, ge=0, le=1)
+    max_blank: float | None = Field(default=None, ge=0, le=1)
+    max_blur: float | None = Field(default=None, ge=0, le=1)
     in_bounds: bool = False
+    tissue: Literal["without-ink", "otsu"] = "without-ink"
     threshold: int | None = Field(default=None, ge=0, le=255)
     multiplier: float = Field(default=1.05, gt=0)
     sigma: float = Field(default=1.0, ge=0)
@@ -111,6 +123,14 @@ class TilingSettings(StageSettings):
             raise ValueError("ask for tiles either by mpp and tile_px or by width, not by both")
         return self
 
+    @model_validator(mode="after")
+    def _filters_have_what_they_filter(self) -> Self:
+        if self.max_blur is not None and self.metrics != "tile":
+            raise ValueError("max_blur needs metrics = tile: an overview does not show focus")
+        if self.max_ink is not None and self.background == "dark":
+            raise ValueError("max_ink needs background = bright: on a dark one there is no ink")
+        return self
+
     @classmethod
     def histoprep(cls, *, width: int = 640, **changes: Any) -> TilingSettings:
         """HistoPrep's way to ask, with the defaults of HistoPrep's command line.
@@ -119,7 +139,8 @@ class TilingSettings(StageSettings):
             >>> TilingSettings.histoprep(width=512).max_background
             0.75
         """
-        return cls(**{"width": width, "overlap": 0.0, "max_background": 0.75, **changes})
+        defaults = {"width": width, "overlap": 0.0, "max_background": 0.75, "tissue": "otsu"}
+        return cls(**{**defaults, **changes})
 
 
 class EncoderSettings(StageSettings):

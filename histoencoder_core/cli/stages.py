@@ -99,9 +99,27 @@ def tile(
             help="Most background in a tile.  [default: 0.5; with --width 0.75]",
         ),
     ] = None,
+    max_ink: Annotated[
+        float | None, typer.Option(help="Most ink of pens and dye in a tile.  [default: any]")
+    ] = None,
+    max_blank: Annotated[
+        float | None,
+        typer.Option(help="Most of a tile that is neither tissue nor ink.  [default: any]"),
+    ] = None,
+    max_blur: Annotated[
+        float | None,
+        typer.Option(help="Most blur of a tile, 0 to 1; needs --metrics.  [default: any]"),
+    ] = None,
     in_bounds: Annotated[
         bool | None,
         typer.Option("--in-bounds", help="Leave out tiles that reach beyond the slide."),
+    ] = None,
+    tissue: Annotated[
+        str | None,
+        typer.Option(
+            help="'without-ink', or 'otsu' as HistoPrep, to which ink is tissue.  "
+            "[default: without-ink; with --width otsu]"
+        ),
     ] = None,
     threshold: Annotated[
         int | None,
@@ -124,7 +142,7 @@ def tile(
         bool | None, typer.Option("--allow-upsampling", help="Accept finer than the slide has.")
     ] = None,
     metrics: Annotated[
-        bool, typer.Option("--metrics", help="Measure quality on full-resolution tiles.")
+        bool, typer.Option("--metrics", help="Measure quality on each tile at its own resolution.")
     ] = False,
     save_tiles: Annotated[
         bool, typer.Option("--save-tiles", help="Also write each tile as a JPEG.")
@@ -142,7 +160,8 @@ def tile(
     """
     asked = {
         "mpp": mpp, "tile_px": tile_px, "level": level, "width": width, "height": height,
-        "overlap": overlap, "max_background": max_background, "in_bounds": in_bounds,
+        "overlap": overlap, "max_background": max_background, "max_ink": max_ink,
+        "max_blank": max_blank, "max_blur": max_blur, "in_bounds": in_bounds, "tissue": tissue,
         "threshold": threshold, "multiplier": multiplier, "max_dimension": max_dimension,
         "sigma": sigma, "background": background, "allow_upsampling": allow_upsampling,
         "metrics": "tile" if metrics else None,

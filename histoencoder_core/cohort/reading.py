@@ -29,7 +29,8 @@ from histoencoder_core.store.tables import (
 Read = TypeVar("Read")
 
 _METRICS = (
-    "background", "black_pixels", "white_pixels", "laplacian_std", "gray_mean", "saturation_mean",
+    "background", "ink", "blank", "blur", "black_pixels", "white_pixels", "laplacian_std",
+    "gray_mean", "saturation_mean",
 )  # fmt: skip
 
 

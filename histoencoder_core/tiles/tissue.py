@@ -11,12 +11,16 @@ import numpy as np
 
 from histoencoder_core.errors import SlideError
 from histoencoder_core.settings import TilingSettings
+from histoencoder_core.tiles.ink import Ink, find_ink
 
 DARK_GREY = 32
 """A slide of which more than half is darker than this grey value has a dark background."""
 
 MIN_CONTRAST = 10.0
 """Grey values that the sides of Otsu's threshold must differ by; less is noise of empty glass."""
+
+GLASS_GREY = 200
+"""Mean grey value from which the lighter side may be glass, which no factor may make tissue of."""
 
 
 @dataclass(frozen=True)
@@ -26,24 +30,29 @@ class Tissue:
     Attributes:
         mask: uint8 array of shape (height, width), 1 for tissue, 0 for background.
         threshold: The grey value in [0, 255] that parts them; None if there is no tissue to part.
+        ink: Where ink is; None on a dark background, where none is looked for.
     """
 
     mask: np.ndarray
     threshold: int | None
+    ink: Ink | None
 
 
 def find_tissue(overview: np.ndarray, settings: TilingSettings, *, path: Path) -> Tissue:
     """Find tissue by HistoPrep's method: blur, Otsu's threshold times a factor.
 
     Otsu's method parts any image in two, even empty glass; parts that hardly differ are no tissue.
+    Ink is no tissue either, and has no say in the threshold: black ink would move it so far that
+    pale tissue is lost. Where nothing but specks is darker than glass, as on a slide that bears
+    only ink, the factor would take the glass for tissue, and is left out.
 
     Args:
         overview: uint8 array of shape (height, width, 3).
-        settings: ``threshold``, ``multiplier``, ``sigma`` and ``background`` are used.
+        settings: ``tissue``, ``threshold``, ``multiplier``, ``sigma`` and ``background`` are used.
         path: The slide's file, for messages.
 
     Returns:
-        The mask and its threshold.
+        The mask and its threshold, and where ink is.
 
     Raises:
         SlideError: The background is dark where a bright one was expected, or the other way round.
@@ -65,23 +74,29 @@ def find_tissue(overview: np.ndarray, settings: TilingSettings, *, path: Path) -
                 kind="dark-background",
             )
         grey = 255 - grey
-    if settings.threshold is None and not _has_contrast(grey, settings.sigma):
-        return Tissue(np.zeros_like(grey), None)
+    ink = find_ink(overview) if settings.background == "bright" else None
+    without_ink = ink is not None and settings.tissue == "without-ink"
+    known = 1 - ink.mask if ink is not None and without_ink else np.ones_like(grey)
+    grey[known == 0] = 255  # HistoPrep's Otsu leaves out black and white
+    multiplier = settings.multiplier
+    if settings.threshold is None:
+        otsu, lighter, darker = _sides(grey, known, settings.sigma)
+        if lighter - darker < MIN_CONTRAST:
+            return Tissue(np.zeros_like(grey), None, ink)
+        if without_ink and otsu * multiplier >= lighter >= GLASS_GREY:
+            multiplier = 1.0
     threshold, mask = histoprep.get_tissue_mask(
-        image=grey,
-        threshold=settings.threshold,
-        multiplier=settings.multiplier,
-        sigma=settings.sigma,
+        image=grey, threshold=settings.threshold, multiplier=multiplier, sigma=settings.sigma
     )
-    return Tissue(mask, threshold)
+    return Tissue(mask & known, threshold, ink)
 
 
-def _has_contrast(grey: np.ndarray, sigma: float) -> bool:
-    """Whether Otsu's own threshold, without a factor, parts two things that differ."""
-    if not ((grey > 0) & (grey < 255)).any():  # HistoPrep's Otsu leaves out black and white
-        return False
-    _, mask = histoprep.get_tissue_mask(image=grey, multiplier=1.0, sigma=sigma)
-    if mask.all() or not mask.any():
-        return False
-    lighter, darker = cv2.mean(grey, 1 - mask)[0], cv2.mean(grey, mask)[0]
-    return bool(lighter - darker >= MIN_CONTRAST)
+def _sides(grey: np.ndarray, known: np.ndarray, sigma: float) -> tuple[int, float, float]:
+    """Otsu's own threshold, and the mean grey values of what it parts; the same if it does not."""
+    if not ((grey > 0) & (grey < 255)).any():
+        return 0, 0.0, 0.0
+    otsu, mask = histoprep.get_tissue_mask(image=grey, multiplier=1.0, sigma=sigma)
+    lighter, darker = known & (1 - mask), known & mask
+    if not lighter.any() or not darker.any():
+        return otsu, 0.0, 0.0
+    return otsu, cv2.mean(grey, lighter)[0], cv2.mean(grey, darker)[0]

@@ -23,7 +23,7 @@ from histoencoder_dagster.resources import Platform
 def tiles(
     context: dg.AssetExecutionContext, platform: dg.ResourceParam[Platform]
 ) -> Iterator[dg.MaterializeResult[None]]:
-    """The slide's tiles with tissue: place, resolution, share of background, quality metrics."""
+    """The slide's tiles with tissue: place, resolution, shares of background and ink, quality."""
     store = platform.store
 
     def cut(slide_id: str) -> Metadata:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import duckdb
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from cohorts import COHORT_K, Truth, copy_of, tables_of, truth_of
 from scipy.stats import binomtest, entropy
@@ -387,6 +388,18 @@ def test_a_refresh_after_other_settings_and_a_refit_reads_all(copied: Store) -> 
         {"n": 2, "c": 1}
     ]
     assert tables_of(copied) == rebuilt(copied)
+
+
+def test_tiles_cut_before_ink_was_looked_for_are_read(copied: Store) -> None:
+    slide_id = next(s for s in copied.slide_ids() if copied.slide(s).stamp("tiles") is not None)
+    path = copied.slide(slide_id).record("tiles")
+    before = run_sql(copied, f"SELECT * FROM tiles WHERE slide = '{slide_id}'").to_pylist()
+    assert all(row["ink"] == 0 and 0 < row["blur"] < 1 for row in before)
+    new = ["ink", "blank", "blur"]
+    pq.write_table(pq.read_table(path).drop_columns(new), path)
+    assert refresh(copied) == 1
+    after = run_sql(copied, f"SELECT * FROM tiles WHERE slide = '{slide_id}'").to_pylist()
+    assert after == [{**row, **dict.fromkeys(new)} for row in before]
 
 
 def test_a_refresh_with_nothing_new_writes_nothing(copied: Store) -> None:

@@ -201,6 +201,7 @@ def test_mistakes_are_told_in_one_line(program, data: Path) -> None:
         (["tile", "-i", "nowhere/*.svs", "-o", "s"], "No slides were found"),
         (["tile", "-i", slide, "-o", "s", "--overlap", "1"], "overlap"),
         (["tile", "-i", slide, "-o", "s", "--mpp", "0.5", "--width", "512"], "not by both"),
+        (["tile", "-i", slide, "-o", "s", "--max-blur", "0.5"], "needs metrics = tile"),
         (["sql", "-i", "s", "select 1"], "no catalog yet"),
         (["prune", "-i", "s", "--stage", "nonsense"], "No such stage"),
     ):
@@ -220,6 +221,19 @@ def test_help_tells_defaults(program) -> None:
         code, out, _ = program(command, "--help")
         assert code == 0
         assert all(words in " ".join(out.split()) for words in told), out
+
+
+def test_tiles_on_ink_can_be_left_out(program, data: Path) -> None:
+    slide = data / "slides" / "histoprep_slide_with_ink.jpeg"
+    words = ["tile", "-i", slide, "-o", "store", "--width", "128"]
+    record = Path("store/histoprep_slide_with_ink/metadata.parquet")
+    assert program(*words)[0] == 0
+    ink = pq.read_table(record, columns=["ink"]).column("ink").to_numpy()
+    assert ink.max() > 0.75  # to Otsu's threshold, ink is tissue
+    assert program(*words, "--max-ink", "0.2")[0] == 0
+    assert pq.read_metadata(record).num_rows == (ink <= 0.2).sum() < len(ink)
+    assert program(*words, "--tissue", "without-ink")[0] == 0
+    assert pq.read_table(record, columns=["ink"]).column("ink").to_numpy().max() <= 0.75
 
 
 def test_pruning_asks_first(program, data: Path) -> None:

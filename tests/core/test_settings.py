@@ -27,7 +27,11 @@ DEFAULTS: dict[type[BaseModel], dict[str, Any]] = {
         "height": None,
         "overlap": 0.5,
         "max_background": 0.5,
+        "max_ink": None,
+        "max_blank": None,
+        "max_blur": None,
         "in_bounds": False,
+        "tissue": "without-ink",
         "threshold": None,
         "multiplier": 1.05,
         "sigma": 1.0,
@@ -116,6 +120,10 @@ def test_fingerprints_are_for_ever(settings: StageSettings, expected: str) -> No
         {"height": 512},
         {"width": 512, "mpp": 0.5},
         {"width": 512, "tile_px": 512},
+        {"tissue": "ink"},
+        {"max_ink": 1.1},
+        {"max_ink": 0.1, "background": "dark"},
+        {"max_blur": 0.5},
     ],
 )
 def test_tilings_that_can_not_be(changes: dict[str, Any]) -> None:
@@ -142,6 +150,7 @@ def test_histopreps_defaults() -> None:
     """Those of `HistoPrep --help`."""
     asked = TilingSettings.histoprep()
     assert (asked.width, asked.height, asked.overlap, asked.max_background) == (640, None, 0, 0.75)
+    assert asked.tissue == "otsu"
     assert TilingSettings.histoprep(width=512, overlap=0.5).overlap == 0.5
     with pytest.raises(ValidationError):
         TilingSettings.histoprep(mpp=0.5)

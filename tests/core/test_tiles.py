@@ -221,7 +221,7 @@ def test_the_table_of_tiles(folder: SlideFolder, metrics: str) -> None:
         "level": pa.int32(),
         "mpp_x": pa.float64(),
         "mpp_y": pa.float64(),
-        "background": pa.float32(),
+        **dict.fromkeys(("background", "ink", "blank"), pa.float32()),
         **dict.fromkeys(METRICS, pa.float32()),
     }
     assert table.num_rows == stamp.result["tiles"] > 10
@@ -230,6 +230,7 @@ def test_the_table_of_tiles(folder: SlideFolder, metrics: str) -> None:
         assert row["tile"] == f"x{row['x']}_y{row['y']}_w128_h128"
         assert (row["level"], row["mpp_x"]) == (1, 0.5)
         assert row["background"] <= 0.5
+        assert (row["ink"], row["blank"]) == (0, row["background"])
         # Tissue is at x 250 to 750, y 175 to 525.
         inside_x = min(750, row["x"] + 128) - max(250, row["x"])
         inside_y = min(525, row["y"] + 128) - max(175, row["y"])

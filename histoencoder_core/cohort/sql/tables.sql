@@ -34,6 +34,10 @@ CREATE TABLE tiles (
     level         INTEGER,     -- pyramid level read
     mpp           DOUBLE,      -- achieved µm/px
     background    FLOAT,       -- share of the tile that is no tissue
+    ink           FLOAT,       -- share that is ink of pens or dye; NULL for fluorescence, and for
+                               -- tiles cut before ink was looked for, as are blank and blur
+    blank         FLOAT,       -- share that is neither tissue nor ink
+    blur          FLOAT,       -- 0 sharp to 1 blurred
     black_pixels  FLOAT,
     white_pixels  FLOAT,
     laplacian_std FLOAT,       -- sharpness
