@@ -1,16 +1,14 @@
 """Checks over the whole cohort, each listing the slides at fault.
 
-A check on a partitioned asset keeps one result, not one a slide, so each looks at all slides. A
-slide whose files can't be read is at fault too.
+A check on a partitioned asset keeps one result, not one a slide, so each tells of all slides. Only
+those that changed since are opened. A slide whose files can't be read is at fault too.
 """
-
-from collections.abc import Callable
 
 import dagster as dg
 import numpy as np
-import pyarrow as pa
 
-from histoencoder_core.errors import HistoEncoderError
+from histoencoder_core.cohort import judge_slides
+from histoencoder_core.cohort.verdicts import Judge
 from histoencoder_core.store import SlideFolder, Store
 from histoencoder_core.store.tables import cluster_columns, iter_features, read_keys, read_table
 from histoencoder_core.tiles import tile_source
@@ -27,8 +25,8 @@ average it is 0.01."""
 FEW = 5
 """So few tiles outside tell nothing: every small cohort has its farthest tiles somewhere."""
 
-_Judge = Callable[[SlideFolder], str | None]
-"""Says what is wrong with a slide: nothing if ``""``; None if there is nothing to judge yet."""
+RULES = 1
+"""To be raised when a check judges a slide otherwise: what it found before then counts no more."""
 
 
 @dg.asset_check(asset=tiles, automation_condition=AFTER_ANY_SLIDE)
@@ -41,7 +39,7 @@ def tissue_found(platform: dg.ResourceParam[Platform]) -> dg.AssetCheckResult:
             return None
         return _FINE if stamp.result["tiles"] else str(stamp.result["reason"])
 
-    return _over_slides(platform.store, judge, severity=dg.AssetCheckSeverity.WARN)
+    return _over_slides(platform.store, "tissue_found", judge, severity=dg.AssetCheckSeverity.WARN)
 
 
 @dg.asset_check(asset=features, automation_condition=AFTER_ANY_SLIDE)
@@ -58,7 +56,7 @@ def features_finite(platform: dg.ResourceParam[Platform]) -> dg.AssetCheckResult
             return _FINE
         return f"{rows} tiles without finite features, {known} expected"
 
-    return _over_slides(platform.store, judge)
+    return _over_slides(platform.store, "features_finite", judge)
 
 
 @dg.asset_check(asset=features, automation_condition=AFTER_ANY_SLIDE)
@@ -76,7 +74,7 @@ def feature_rows_equal_tile_rows(platform: dg.ResourceParam[Platform]) -> dg.Ass
             return _FINE
         return f"{len(found)} rows of features for {len(expected)} tiles, or in another order"
 
-    return _over_slides(store, judge)
+    return _over_slides(store, "feature_rows_equal_tile_rows", judge)
 
 
 @dg.asset_check(asset=clusters, automation_condition=AFTER_ANY_SLIDE)
@@ -98,7 +96,7 @@ def clusters_cover_every_tile(platform: dg.ResourceParam[Platform]) -> dg.AssetC
         told = [f"{n} for K = {k}" for k, n in counts.items() if n != known]
         return f"tiles in no cluster: {', '.join(told)}; {known} expected" if told else _FINE
 
-    return _over_slides(platform.store, judge)
+    return _over_slides(platform.store, "clusters_cover_every_tile", judge)
 
 
 @dg.asset_check(asset=clusters, automation_condition=AFTER_ANY_SLIDE)
@@ -123,7 +121,12 @@ def slides_are_like_the_training_slides(
             f"{stamp.made_from['model']} was fitted on"
         )
 
-    return _over_slides(platform.store, judge, severity=dg.AssetCheckSeverity.WARN)
+    return _over_slides(
+        platform.store,
+        "slides_are_like_the_training_slides",
+        judge,
+        severity=dg.AssetCheckSeverity.WARN,
+    )
 
 
 ALL_CHECKS = (
@@ -143,20 +146,15 @@ def _unreadable(folder: SlideFolder) -> int:
 
 def _over_slides(
     store: Store,
-    judge: _Judge,
+    name: str,
+    judge: Judge,
     *,
     severity: dg.AssetCheckSeverity = dg.AssetCheckSeverity.ERROR,
 ) -> dg.AssetCheckResult:
-    judged: dict[str, str] = {}
-    for slide_id in store.slide_ids():
-        try:
-            verdict = judge(store.slide(slide_id))
-        except (HistoEncoderError, pa.ArrowException, OSError) as error:
-            verdict = str(error)
-        if verdict is not None:
-            judged[slide_id] = verdict
+    found = judge_slides(store, name, judge, rules=RULES)
+    judged = {slide_id: verdict for slide_id, verdict in found.items() if verdict is not None}
     bad = {slide_id: verdict for slide_id, verdict in judged.items() if verdict}
-    listed = "\n".join(f"- **{slide}**: {reason}" for slide, reason in sorted(bad.items()))
+    listed = "\n".join(f"- **{slide}**: {reason}" for slide, reason in bad.items())
     return dg.AssetCheckResult(
         passed=not bad,
         severity=severity,

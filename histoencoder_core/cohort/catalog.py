@@ -8,6 +8,7 @@ copy. A reader never sees a half and blocks no run.
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import shutil
 import time
@@ -23,16 +24,20 @@ import pyarrow as pa
 
 from histoencoder_core.clusters import current_model, load_model, model_versions
 from histoencoder_core.cohort import database
-from histoencoder_core.cohort.changes import Known, Scan, Signature
+from histoencoder_core.cohort.changes import Scan, Signature
 from histoencoder_core.cohort.completeness import (
     Asked,
     StageState,
-    annotations_state,
     known_cluster_labels,
     states_of,
-    with_what_precedes,
 )
 from histoencoder_core.cohort.looking import SlideLook
+from histoencoder_core.cohort.published import (
+    Published,
+    annotations_anew,
+    made_for,
+    read_published,
+)
 from histoencoder_core.cohort.query import attached
 from histoencoder_core.cohort.reading import SlideRows, read_slide
 from histoencoder_core.cohort.statistics import (
@@ -48,10 +53,9 @@ from histoencoder_core.settings import (
     EncoderSettings,
     LabelSettings,
     TilingSettings,
-    fingerprint,
 )
 from histoencoder_core.slides import Register
-from histoencoder_core.store import Stamp, Store, files, layout
+from histoencoder_core.store import Store, files, layout
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +138,9 @@ def build_catalog(
     # Of two refreshes at once, the one that looked first must not publish last.
     with files.locked_to_write(store.catalog_path):
         refresh = _Refresh(store, tiling, encoder, annotations, labels, annotate)
-        before = _before(store, refresh.made_for)
+        before = read_published(store)
+        if before is not None and before.made_for != refresh.made_for:
+            before = None
         try:
             return _told(store, refresh.publish(before), started)
         except duckdb.Error as error:
@@ -184,49 +190,6 @@ def publish_catalog(store: Store, **asked: Any) -> CatalogSummary:
     return summary
 
 
-@dataclass(frozen=True)
-class _Before:
-    """What the published catalog was made from.
-
-    Attributes:
-        known: What its slides' files look like, and what is inside of them.
-        cohort: Versions of cluster models, fingerprint of what clusters meant, and fingerprint of
-            the statistics that were there.
-        size: Size in bytes of its file when that was last written from scratch.
-    """
-
-    known: dict[str, Known]
-    cohort: tuple[list[str], str | None, str | None]
-    size: int
-
-
-def _before(store: Store, made_for: str) -> _Before | None:
-    """Look at the published catalog; None if there is none that could be brought up to date."""
-    if not store.catalog_path.exists():
-        return None
-    try:
-        with attached(store) as connection:
-            state = connection.sql("SELECT * FROM internal.state").fetchall()
-            if not state or state[0][0] != made_for:
-                return None
-            sources = connection.sql(
-                "SELECT slide, files, images, own_tiles, path FROM internal.sources"
-            ).fetchall()
-    except duckdb.Error as error:  # of an earlier release, or damaged
-        log.info(
-            "%s: can't be brought up to date (%s); it is written anew.", store.catalog_path, error
-        )
-        return None
-    return _Before(
-        known={
-            slide: Known(Signature(of_files, of_images), own_tiles, path)
-            for slide, of_files, of_images, own_tiles, path in sources
-        },
-        cohort=state[0][1:4],
-        size=state[0][4],
-    )
-
-
 class _Refresh:
     """One refresh: the store as it is now, and the catalog that it calls for."""
 
@@ -249,17 +212,9 @@ class _Refresh:
         named = known_cluster_labels(store, annotate)
         self.asked = Asked(tiling, encoder, self.model, named, self.said, labels)
         self.statistics = read_statistics(store)
-        self.made_for = fingerprint(
-            {
-                "form": database.form(),
-                "model": self.model and self.model.version,
-                "tiling": tiling and tiling.model_dump(mode="json"),
-                "encoder": encoder and encoder.model_dump(mode="json"),
-                "labels": labels and labels.model_dump(mode="json"),
-            }
-        )
+        self.made_for = made_for(self.asked)
 
-    def publish(self, before: _Before | None) -> int:
+    def publish(self, before: Published | None) -> int:
         """Write the catalog that the store calls for, and put it in place if it is another.
 
         Args:
@@ -302,7 +257,7 @@ class _Refresh:
                 connection.execute(database.script("cluster_purity", self.n_clusters))
                 connection.execute("DELETE FROM internal.state")
                 size = 0 if before is None else before.size
-                state = [self.made_for, versions, labels, stored, size]
+                state = [json.dumps(self.made_for), versions, labels, stored, size]
                 connection.execute("INSERT INTO internal.state VALUES (?, ?, ?, ?, ?)", state)
                 connection.commit()
             if before is not None and temporary.stat().st_size > GROWN * before.size:
@@ -364,20 +319,7 @@ class _Refresh:
 
     def _tell_annotations_anew(self, connection: duckdb.DuckDBPyConnection) -> None:
         """What clusters mean has changed, which bears on each slide's annotation by cluster."""
-        rows = connection.execute(
-            "SELECT a.slide, a.state, a.reason, c.state, s.clusters, s.annotations "
-            "FROM completeness AS a "
-            "JOIN completeness AS c ON c.slide = a.slide AND c.stage = 'clusters' "
-            "JOIN internal.sources AS s ON s.slide = a.slide "
-            "WHERE a.stage = 'annotations' AND a.state NOT IN ('failed', 'input')"
-        ).fetchall()
-        told = []
-        for slide, state, reason, clusters_state, clusters, annotated in rows:
-            stamp = None if annotated is None else Stamp.model_validate_json(annotated)
-            found = annotations_state(stamp, clusters, self.asked.cluster_labels)
-            found = with_what_precedes("annotations", *found, {"clusters": clusters_state})
-            if found != (state, reason):
-                told.append(StageState(slide, "annotations", *found))
+        told = annotations_anew(connection, self.asked.cluster_labels).values()
         if told:
             incoming = pa.table(
                 {"slide": [t.slide for t in told], "state": [t.state for t in told],

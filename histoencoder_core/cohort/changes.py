@@ -67,6 +67,10 @@ class Scan:
         self._store = store
         self._folders = {name: _look_into(path) for name, path in _folders(store).items()}
 
+    def records(self) -> dict[str, str]:
+        """By slide that has a folder, sorted: names and prints of its records and its failures."""
+        return {slide_id: self._folders[slide_id].records for slide_id in sorted(self._folders)}
+
     def expected(self, entries: Iterable[str]) -> list[str]:
         """All slides that results are expected of: registered, with tiles, or with results.
 

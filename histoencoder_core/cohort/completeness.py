@@ -1,9 +1,9 @@
-"""Which stage of which slide is done, and if not, why."""
+"""Which stage of a slide is done, and if not, why."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,7 +15,6 @@ from histoencoder_core.clusters.naming import (
     ClusterLabels,
     current_cluster_labels,
 )
-from histoencoder_core.cohort.changes import Scan
 from histoencoder_core.cohort.looking import SlideLook
 from histoencoder_core.errors import HistoEncoderError, LabelError, SettingsError
 from histoencoder_core.labels import Annotations, why_due
@@ -25,7 +24,6 @@ from histoencoder_core.settings import (
     LabelSettings,
     TilingSettings,
 )
-from histoencoder_core.slides import FoundSlide, Register
 from histoencoder_core.slides.content import signature
 from histoencoder_core.store import Stamp, Store
 from histoencoder_core.store.layout import Stage
@@ -74,54 +72,6 @@ class Asked:
     cluster_labels: ClusterLabels | None = None
     annotations: Annotations | None = None
     labels: LabelSettings | None = None
-
-
-def slide_states(
-    store: Store,
-    *,
-    tiling: TilingSettings | None = None,
-    encoder: EncoderSettings | None = None,
-    model: ClusterModel | None = None,
-    annotations: Path | None = None,
-    labels: LabelSettings | None = None,
-    annotate: AnnotationSettings | None = None,
-    found: Iterable[FoundSlide] = (),
-) -> list[StageState]:
-    """Tell the state of every stage of every expected slide.
-
-    Args:
-        store: The store.
-        tiling: Tiles made otherwise are stale; if None, any tiles will do.
-        encoder: Features of another encoder are stale; if None, any features will do.
-        model: The current cluster model; clusters of another are stale.
-        annotations: Folder of annotations; if None, labels made from any will do.
-        labels: Labels made otherwise are stale; if None, any labels will do.
-        annotate: Which K annotates; the one that did last if None.
-        found: Slide files there are; one that was never registered is missing.
-
-    Returns:
-        The states, by slide and in the order of the stages.
-    """
-    entries = Register(store).entries()
-    paths = {entry.path for entry in entries.values()}
-    states = [
-        StageState(slide.relative, "slides", "missing", "was found but not looked at yet")
-        for slide in found
-        if str(slide.path) not in paths
-    ]
-    expected = Scan(store).expected(entries)
-    asked = Asked(
-        tiling,
-        encoder,
-        model,
-        known_cluster_labels(store, annotate),
-        Annotations(store, annotations, expected),
-        labels,
-    )
-    for slide_id in expected:
-        look = SlideLook(store, slide_id, entries.get(slide_id))
-        states += states_of(look, asked)
-    return states
 
 
 def known_cluster_labels(store: Store, settings: AnnotationSettings | None) -> ClusterLabels | None:

@@ -341,3 +341,21 @@ def test_a_range_of_one_slide_runs(deployment):
     job = deployment.defs.resolve_job_def("describe_slides")
     assert deployment.execute(job, {RANGE_START: "b", RANGE_END: "b"}).success
     assert deployment.recorded("slides") == {"b"}
+
+
+def test_what_a_run_asks_of_all_slides_does_not_grow_with_its_own(deployment, monkeypatch):
+    asked = []
+    real = dg.DagsterInstance.get_dynamic_partitions
+    monkeypatch.setattr(
+        dg.DagsterInstance,
+        "get_dynamic_partitions",
+        lambda self, name: asked.append(name) or real(self, name),
+    )
+    ids = deployment.add(*"abcdef")
+    counts = []
+    for slides in (ids[:2], ids[2:]):
+        asked.clear()
+        assert deployment.run("slides", slides=slides).success
+        counts.append(len(asked))
+    assert counts[0] == counts[1]
+    assert deployment.metadata("slides", "e")["file"] == "e.tiff"

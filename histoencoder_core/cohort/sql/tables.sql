@@ -129,7 +129,7 @@ CREATE TABLE internal.sources ( -- what each slide's rows were made from, so tha
 );
 
 CREATE TABLE internal.state (  -- one row
-    made_for       VARCHAR,    -- fingerprint of all that calls for a new catalog when it changes
+    made_for       VARCHAR,    -- all that calls for a new catalog when it changes, as JSON
     models         VARCHAR[],  -- versions that are there
     cluster_labels VARCHAR,    -- fingerprint of what clusters mean
     statistics     VARCHAR,    -- of the statistics that are there
