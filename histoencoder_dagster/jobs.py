@@ -13,6 +13,7 @@ from histoencoder_dagster.assets import (
     cluster_purity,
     cluster_statistics,
     clusters,
+    completeness,
     features,
     labels,
     slides,
@@ -72,7 +73,7 @@ fit_clusters = dg.define_asset_job(
 refresh_catalog = dg.define_asset_job(
     "refresh_catalog",
     selection=dg.AssetSelection.assets(
-        catalog, cluster_statistics, cluster_purity
+        catalog, completeness, cluster_statistics, cluster_purity
     ).without_checks(),
     description="Bring the DuckDB catalog and its statistics up to date now.",
 )

@@ -7,7 +7,7 @@ import json
 import math
 import subprocess
 import sys
-from collections import Counter
+from datetime import UTC, datetime
 from decimal import Decimal
 from enum import StrEnum
 from pathlib import Path
@@ -19,10 +19,11 @@ from rich.table import Table
 
 from histoencoder_core.cli.tables import print_table
 from histoencoder_core.clusters import current_model
-from histoencoder_core.cohort import run_sql, slide_states
+from histoencoder_core.cohort import NOT_DONE, count_states, run_sql, slide_states
 from histoencoder_core.errors import SettingsError, StoreError
 from histoencoder_core.settings import PlatformSettings
 from histoencoder_core.slides import find_in
+from histoencoder_core.slides.arrivals import read_arrivals
 from histoencoder_core.store import Store, layout
 
 OptionalStore = Annotated[
@@ -32,8 +33,6 @@ OptionalStore = Annotated[
         help="Folder of all outputs.  [default: HISTOENCODER_STORE, else ./store]",
     ),
 ]  # fmt: skip
-
-_STATES = ("done", "empty", "input", "stale", "failed", "missing", "not due")
 
 
 class Format(StrEnum):
@@ -74,22 +73,26 @@ def status(input_dir: OptionalStore = None) -> None:
         store,
         model=current_model(store),
         **expected(deployment),
-        found=find_in(deployment.slides)[0] if "slides" in deployment.model_fields_set else (),
+        found=find_in(deployment.slides)[0] if "slides" in deployment.model_fields_set else None,
     )
-    counts = Counter((str(state.stage), str(state.state)) for state in states)
-    slides = len({state.slide for state in states})
-    table = Table("stage", "expected", *_STATES, box=None)
-    for stage in layout.STAGES:
-        if not any(counts[stage, state] for state in _STATES):  # nobody asked for it
-            continue
-        numbers = [counts[stage, state] for state in _STATES]
-        table.add_row(stage, str(slides), *(str(n) if n else "·" for n in numbers))
+    counts = count_states(states)
+    table = Table(*counts.column_names, box=None)
+    for row in counts.to_pylist():
+        table.add_row(*(str(value) if value else "·" for value in row.values()))
     console = Console(soft_wrap=True)
     console.print(table)
     for state in states:
-        if state.state in {"failed", "stale", "empty", "missing"}:
-            told = f"{state.state}: {state.slide} {state.stage}: {state.reason or 'not made yet'}"
+        if state.state in NOT_DONE:
+            what = state.state if state.kind is None else f"{state.state} ({state.kind})"
+            told = f"{what}: {state.slide} {state.stage}: {state.reason or 'not made yet'}"
             console.print(told, markup=False)
+    arrivals = read_arrivals(store)
+    for slide_id, since in sorted(arrivals["absent"].items()):
+        day = datetime.fromtimestamp(since, UTC).astimezone()
+        told = f"absent: {slide_id}: its file is gone since {day:%Y-%m-%d %H:%M}; its results stay"
+        console.print(told, markup=False)
+    for folder in arrivals["away"]:
+        console.print(f"away: {folder}: the folder of slides is not there", markup=False)
     if any(state.state in {"failed", "missing"} for state in states) or not states:
         raise typer.Exit(1)
 

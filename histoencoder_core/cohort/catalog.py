@@ -24,6 +24,7 @@ import pyarrow as pa
 
 from histoencoder_core.clusters import current_model, load_model, model_versions
 from histoencoder_core.cohort import database
+from histoencoder_core.cohort.arrived import read_arrived
 from histoencoder_core.cohort.changes import Scan, Signature
 from histoencoder_core.cohort.completeness import (
     Asked,
@@ -212,6 +213,7 @@ class _Refresh:
         named = known_cluster_labels(store, annotate)
         self.asked = Asked(tiling, encoder, self.model, named, self.said, labels)
         self.statistics = read_statistics(store)
+        self.arrived = read_arrived(store, self.entries)
         self.made_for = made_for(self.asked)
 
     def publish(self, before: Published | None) -> int:
@@ -230,7 +232,8 @@ class _Refresh:
         gone = sorted(known.keys() - now.keys())
         labels = self.asked.cluster_labels and self.asked.cluster_labels.fingerprint
         stored = self.statistics and self.statistics.fingerprint
-        same = before is not None and before.cohort == (versions, labels, stored)
+        cohort = (versions, labels, stored, self.arrived.fingerprint)
+        same = before is not None and before.cohort == cohort
         if same and not changed and not gone:
             return 0
         # A database is closed, and so whole, before its file is renamed.
@@ -254,11 +257,12 @@ class _Refresh:
                     self._tell_annotations_anew(connection)
                 self._add_models(connection, versions)
                 self._take_in_statistics(connection)
+                self._take_in_arrived(connection)
                 connection.execute(database.script("cluster_purity", self.n_clusters))
                 connection.execute("DELETE FROM internal.state")
                 size = 0 if before is None else before.size
-                state = [json.dumps(self.made_for), versions, labels, stored, size]
-                connection.execute("INSERT INTO internal.state VALUES (?, ?, ?, ?, ?)", state)
+                state = [json.dumps(self.made_for), *cohort, size]
+                connection.execute("INSERT INTO internal.state VALUES (?, ?, ?, ?, ?, ?)", state)
                 connection.commit()
             if before is not None and temporary.stat().st_size > GROWN * before.size:
                 self._write_anew(temporary)
@@ -392,6 +396,19 @@ class _Refresh:
         if row["state"] == "current":
             database.insert(connection, "purity_replicates", read_replicates(self.store))
         database.insert(connection, "statistics", pa.Table.from_pylist([row]))
+
+    def _take_in_arrived(self, connection: duckdb.DuckDBPyConnection) -> None:
+        """Take in files that are no slides yet, and slides whose file is gone."""
+        connection.execute(
+            "DELETE FROM completeness WHERE slide NOT IN (SELECT slide FROM internal.sources)"
+        )
+        if self.arrived.states:
+            rows = [asdict(state) for state in self.arrived.states]
+            columns = {name: pa.array([row[name] for row in rows], pa.string()) for name in rows[0]}
+            database.insert(connection, "completeness", pa.table(columns))
+        connection.execute("DELETE FROM absent")
+        for slide_id, since in self.arrived.absent.items():
+            connection.execute("INSERT INTO absent VALUES (?, ?)", [slide_id, since])
 
     def _write_anew(self, path: Path) -> None:
         """Write a catalog from scratch with the rows that it has."""

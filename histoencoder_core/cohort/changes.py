@@ -22,7 +22,7 @@ from histoencoder_core.store import Store, layout
 from histoencoder_core.tiles.source import read_tiles_csv, slide_ids_with_tiles
 
 _RECORDS = frozenset(layout.RECORD.values())
-_WATCHED = _RECORDS | {layout.FAILURES}
+_WATCHED = _RECORDS | {layout.FAILURES, layout.DUPLICATE}
 _IMAGES = tuple(IMAGE_FORMATS)
 _OF_MANY_FILES = (".vms", ".vmu", ".dcm")
 """Suffixes of slides whose other files lie beside them, under names that only they tell."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
+
+import pyarrow as pa
 
 from histoencoder_core.clusters import ClusterModel, clusters_stamp
 from histoencoder_core.clusters.inputs import made_by
@@ -16,7 +19,7 @@ from histoencoder_core.clusters.naming import (
     current_cluster_labels,
 )
 from histoencoder_core.cohort.looking import SlideLook
-from histoencoder_core.errors import HistoEncoderError, LabelError, SettingsError
+from histoencoder_core.errors import HistoEncoderError, LabelError, SettingsError, kind_of
 from histoencoder_core.labels import Annotations, why_due
 from histoencoder_core.settings import (
     AnnotationSettings,
@@ -25,13 +28,20 @@ from histoencoder_core.settings import (
     TilingSettings,
 )
 from histoencoder_core.slides.content import signature
-from histoencoder_core.store import Stamp, Store
+from histoencoder_core.store import Stamp, Store, layout
 from histoencoder_core.store.layout import Stage
 from histoencoder_core.tiles import tiles_stamp
 
 log = logging.getLogger(__name__)
 
-State = Literal["done", "empty", "input", "failed", "stale", "missing", "not due"]
+State = Literal[
+    "done", "empty", "input", "duplicate", "waiting", "stale", "failed", "missing", "not due"
+]
+
+STATES: tuple[State, ...] = get_args(State)
+
+NOT_DONE: tuple[State, ...] = ("failed", "missing", "waiting", "stale", "empty", "duplicate")
+"""States that a person wants to know the reason of, the worst first."""
 
 
 @dataclass(frozen=True)
@@ -39,18 +49,21 @@ class StageState:
     """One stage of one slide.
 
     Attributes:
-        slide: The slide's id.
+        slide: The slide's id; of a file that has none yet, its path in the folder of slides.
         stage: The stage.
         state: ``done``; ``empty`` (done, with no tiles); ``input`` (another program's files);
+            ``duplicate`` (has another slide's content); ``waiting`` (its file is not whole yet);
             ``failed``; ``stale`` (made from something that has changed since); ``missing``;
             ``not due`` (nothing to do yet, or nothing asked for).
         reason: Why it is not done, in a sentence.
+        kind: Of a failure, one of `errors.KINDS`.
     """
 
     slide: str
     stage: Stage
     state: State
     reason: str | None = None
+    kind: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +85,28 @@ class Asked:
     cluster_labels: ClusterLabels | None = None
     annotations: Annotations | None = None
     labels: LabelSettings | None = None
+
+
+def count_states(states: Iterable[StageState]) -> pa.Table:
+    """Count the slides in each state, by stage.
+
+    Args:
+        states: Of all stages of all slides.
+
+    Returns:
+        Table of ``stage``, ``expected`` and a column for each of `STATES`; one row a stage that
+        anything is known of.
+    """
+    listed = list(states)
+    counts = Counter((state.stage, state.state) for state in listed)
+    slides = len({state.slide for state in listed})
+    rows = [
+        {"stage": stage, "expected": slides, **{name: counts[stage, name] for name in STATES}}
+        for stage in layout.STAGES
+        if any(counts[stage, name] for name in STATES)
+    ]
+    names = ("stage", "expected", *STATES)
+    return pa.table({name: [row[name] for row in rows] for name in names})
 
 
 def known_cluster_labels(store: Store, settings: AnnotationSettings | None) -> ClusterLabels | None:
@@ -104,17 +139,19 @@ def states_of(look: SlideLook, asked: Asked) -> list[StageState]:
     if look.folder.record("slide_clusters").exists() or "slide_clusters" in failures:
         stages.insert(4, ("slide_clusters", lambda: _slide_clusters(look)))
     for stage, find in stages:
+        kind = None
         try:
             state, reason = find()
         except HistoEncoderError as error:  # a damaged file must not hide what the others are
-            state, reason = "failed", str(error)
+            state, reason, kind = "failed", str(error), error.kind
         except (OSError, ValueError, KeyError) as error:
-            state, reason = "failed", f"{type(error).__name__}: {error}"
+            state, reason, kind = "failed", f"{type(error).__name__}: {error}", kind_of(error)
         if stage in failures:
             kept = "; the former result is kept" if state in {"done", "empty", "stale"} else ""
             state, reason = "failed", f"{failures[stage]['reason']}{kept}"
+            kind = failures[stage]["kind"]
         states[stage], reason = with_what_precedes(stage, state, reason, states)
-        told.append(StageState(look.slide_id, stage, states[stage], reason))
+        told.append(StageState(look.slide_id, stage, states[stage], reason, kind))
     return told
 
 
@@ -146,7 +183,7 @@ def with_what_precedes(
     if before and state in {"done", "empty"}:
         return "stale", f"its {before[-1]} are {states[before[-1]]}"
     if state == "missing" and any(
-        states[s] in {"failed", "missing", "not due"} for s in _MADE_FROM[stage]
+        states[s] in {"failed", "missing", "not due", "duplicate"} for s in _MADE_FROM[stage]
     ):
         return "not due", f"its {_MADE_FROM[stage][-1]} are not done"
     return state, reason
@@ -154,6 +191,9 @@ def with_what_precedes(
 
 def _slides(look: SlideLook) -> _Found:
     description, entry = look.description, look.entry
+    duplicate = look.folder.duplicate()
+    if duplicate is not None:
+        return "duplicate", f"has the content of {duplicate['of']}, and is not computed again"
     if description is None:
         if entry is not None:
             return "missing", None

@@ -27,7 +27,8 @@ PER_SLIDE = (
 """Tables whose rows are of one slide each."""
 
 PER_COHORT = (
-    "model", "models", "cluster_matches", "purity_replicates", "statistics", "internal.state",
+    "model", "models", "cluster_matches", "purity_replicates", "statistics", "absent",
+    "internal.state",
 )  # fmt: skip
 """The other tables that are no result of a query."""
 

@@ -36,14 +36,14 @@ class Published:
     Attributes:
         made_for: What was asked of slides; see `made_for`.
         known: What its slides' files look like, and what is inside of them.
-        cohort: Versions of cluster models, fingerprint of what clusters meant, and fingerprint of
-            the statistics that were there.
+        cohort: Versions of cluster models, and fingerprints of what clusters meant, of the
+            statistics that were there, and of what had arrived.
         size: Size in bytes of its file when that was last written from scratch.
     """
 
     made_for: dict[str, Any]
     known: dict[str, Known]
-    cohort: tuple[list[str], str | None, str | None]
+    cohort: tuple[list[str], str | None, str | None, str]
     size: int
 
 
@@ -73,14 +73,14 @@ def read_published(store: Store) -> Published | None:
             ).fetchall()
         if not state:
             return None
-        asked, models, labels, statistics, size = state[0]
+        asked, models, labels, statistics, arrived, size = state[0]
         return Published(
             made_for=json.loads(asked),
             known={
                 slide: Known(Signature(of_files, of_images), own_tiles, path)
                 for slide, of_files, of_images, own_tiles, path in sources
             },
-            cohort=(models, labels, statistics),
+            cohort=(models, labels, statistics, arrived),
             size=size,
         )
     except (duckdb.Error, ValueError) as error:  # of an earlier release, or damaged
@@ -114,7 +114,9 @@ def states_that_stand(
     labels = asked.cluster_labels
     try:
         with attached(store) as connection:
-            rows = connection.sql("SELECT slide, stage, state, reason FROM completeness").fetchall()
+            rows = connection.sql(
+                "SELECT slide, stage, state, reason, kind FROM completeness"
+            ).fetchall()
             anew = (
                 {}
                 if published.cohort[1] == (labels and labels.fingerprint)

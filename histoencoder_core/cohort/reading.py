@@ -119,10 +119,11 @@ def read_slide(look: SlideLook, states: list[StageState], n_clusters: list[int])
         except HistoEncoderError as error:
             # What can't be read may be another stage's file, read in the place of one not there.
             named = [s for s in layout.STAGES if layout.RECORD[s] in str(error)]
-            stage, reason = named[0] if named else stage, str(error)
+            stage, reason, kind = named[0] if named else stage, str(error), error.kind
         except (pa.ArrowException, KeyError, OSError) as error:  # it holds something else
             reason = f"{look.folder.record(stage)}: can't be used ({type(error).__name__}: {error})"
-        told[stage] = StageState(look.slide_id, stage, "failed", reason)
+            kind = "store"
+        told[stage] = StageState(look.slide_id, stage, "failed", reason, kind)
         return None
 
     done = {state.stage for state in states if state.state == "done"}

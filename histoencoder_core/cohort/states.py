@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from histoencoder_core.clusters import ClusterModel
+from histoencoder_core.cohort.arrived import read_arrived
 from histoencoder_core.cohort.changes import Scan
 from histoencoder_core.cohort.completeness import (
     Asked,
@@ -35,7 +36,7 @@ def slide_states(
     annotations: Path | None = None,
     labels: LabelSettings | None = None,
     annotate: AnnotationSettings | None = None,
-    found: Iterable[FoundSlide] = (),
+    found: Iterable[FoundSlide] | None = None,
 ) -> list[StageState]:
     """Tell the state of every stage of every expected slide.
 
@@ -49,18 +50,14 @@ def slide_states(
         annotations: Folder of annotations; if None, labels made from any will do.
         labels: Labels made otherwise are stale; if None, any labels will do.
         annotate: Which K annotates; the one that did last if None.
-        found: Slide files there are; one that was never registered is missing.
+        found: Slide files there are; those that the platform saw last if not given. One that was
+            never registered is waiting, or missing.
 
     Returns:
         The states, by slide and in the order of the stages.
     """
     entries = Register(store).entries()
-    paths = {entry.path for entry in entries.values()}
-    states = [
-        StageState(slide.relative, "slides", "missing", "was found but not looked at yet")
-        for slide in found
-        if str(slide.path) not in paths
-    ]
+    states = read_arrived(store, entries, found).states
     scan = Scan(store)
     expected = scan.expected(entries)
     said = Annotations(store, annotations, expected)

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from histoencoder_core.settings import fingerprint
 from histoencoder_core.slides.content import signature
 from histoencoder_core.slides.describe import was_tried
 from histoencoder_core.slides.find import FoundSlide, find_slides, missing_part
@@ -207,6 +208,17 @@ class Arrivals:
             unlooked=unlooked,
         )
 
+    @property
+    def troubles(self) -> str:
+        """Fingerprint of all failures and duplicates that were seen in slides' folders."""
+        return fingerprint(
+            [
+                [slide_id, folder.failures, folder.original]
+                for slide_id, folder in sorted(self._folders.items())
+                if folder.failures or folder.original is not None
+            ]
+        )
+
     def _look_into(
         self, slide_id: str, found: FoundSlide, sign: Signature, sheet: Sheet, reading: _Reading
     ) -> _Folder | None:
@@ -276,7 +288,7 @@ def find_in(folders: Iterable[Path]) -> tuple[list[FoundSlide], list[Path]]:
 
 
 def write_arrivals(store: Store, look: Look) -> None:
-    """Write down what is waiting, absent and away, for ``status`` and the catalog.
+    """Write down what is waiting, new, absent and away, for ``status`` and the catalog.
 
     Args:
         store: The store.
@@ -286,6 +298,11 @@ def write_arrivals(store: Store, look: Look) -> None:
     now = round(time.time(), 3)
     content = {
         "waiting": [asdict(it) for it in look.waiting],
+        "new": [
+            {"path": str(it.found.path), "relative": it.found.relative}
+            for it in look.ready
+            if it.slide is None
+        ],
         "absent": {slide_id: before["absent"].get(slide_id, now) for slide_id in look.absent},
         "away": [str(folder) for folder in look.away],
     }
@@ -295,8 +312,8 @@ def write_arrivals(store: Store, look: Look) -> None:
 
 
 def read_arrivals(store: Store) -> dict[str, Any]:
-    """What `write_arrivals` wrote last: ``waiting``, ``absent`` with the time, ``away``."""
-    nothing: dict[str, Any] = {"waiting": [], "absent": {}, "away": []}
+    """What `write_arrivals` wrote last: ``waiting, new, absent, away``."""
+    nothing: dict[str, Any] = {"waiting": [], "new": [], "absent": {}, "away": []}
     try:
         return {**nothing, **files.read_json(store.arrivals_path)}
     except (FileNotFoundError, ValueError, TypeError):

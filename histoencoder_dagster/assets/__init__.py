@@ -6,7 +6,12 @@ from histoencoder_dagster.assets.annotations import (
     cluster_labels,
 )
 from histoencoder_dagster.assets.clusters import cluster_model, clusters
-from histoencoder_dagster.assets.cohort import catalog, cluster_purity, cluster_statistics
+from histoencoder_dagster.assets.cohort import (
+    catalog,
+    cluster_purity,
+    cluster_statistics,
+    completeness,
+)
 from histoencoder_dagster.assets.features import features
 from histoencoder_dagster.assets.labels import labels
 from histoencoder_dagster.assets.report import cohort_report, figures
@@ -21,6 +26,7 @@ ALL_ASSETS = (
     clusters,
     labels,
     catalog,
+    completeness,
     cluster_statistics,
     cluster_purity,
     cluster_labels,
@@ -41,6 +47,7 @@ __all__ = [
     "cluster_statistics",
     "clusters",
     "cohort_report",
+    "completeness",
     "features",
     "figures",
     "labels",

@@ -1,11 +1,19 @@
 """The cohort: one DuckDB catalog, its statistics, and which clusters are pure in which label."""
 
 from collections import Counter
+from dataclasses import asdict
 
 import dagster as dg
+import pyarrow as pa
 
-from histoencoder_core.cohort import ensure_statistics, run_sql
-from histoencoder_core.store import layout
+from histoencoder_core.cohort import (
+    NOT_DONE,
+    StageState,
+    count_states,
+    ensure_statistics,
+    run_sql,
+)
+from histoencoder_core.errors import KINDS
 from histoencoder_dagster.assets.clusters import clusters
 from histoencoder_dagster.assets.features import features
 from histoencoder_dagster.assets.labels import labels
@@ -29,12 +37,6 @@ PURE = 0.9
 def catalog(platform: dg.ResourceParam[Platform]) -> dg.MaterializeResult[None]:
     """All slides' tiles, clusters and labels in one DuckDB file, for SQL."""
     summary = platform.refresh_catalog()
-    counts = Counter((state.stage, state.state) for state in summary.states)
-    open_ends = run_sql(
-        platform.store,
-        "SELECT * FROM completeness WHERE state IN ('failed', 'stale', 'missing', 'empty') "
-        "ORDER BY state, slide",
-    )
     return dg.MaterializeResult(
         metadata={
             "path": dg.MetadataValue.path(str(summary.path.resolve())),
@@ -43,9 +45,46 @@ def catalog(platform: dg.ResourceParam[Platform]) -> dg.MaterializeResult[None]:
             "labelled_tiles": summary.labelled_tiles,
             "slides_read": summary.read,
             "seconds": summary.seconds,
-            "slides_failed": len({s.slide for s in summary.states if s.state == "failed"}),
-            **{f"{stage}_done": counts[stage, "done"] for stage in layout.STAGES},
-            "not_done": table_metadata(open_ends),
+        }
+    )
+
+
+@dg.asset(
+    deps=[catalog],
+    group_name="cohort",
+    kinds={"duckdb"},
+    automation_condition=WITH_ITS_INPUTS,
+    pool="cohort",
+)
+def completeness(platform: dg.ResourceParam[Platform]) -> dg.MaterializeResult[None]:
+    """What is done, what is not, and why: the same numbers as `histoencoder status`."""
+    store = platform.store
+    rows = run_sql(store, "SELECT slide, stage, state, reason, kind FROM completeness").to_pylist()
+    states = [StageState(**row) for row in rows]
+    counts = count_states(states)
+    kinds = Counter(state.kind or "unexpected" for state in states if state.state == "failed")
+    told = sorted(
+        (state for state in states if state.state in NOT_DONE),
+        key=lambda state: (NOT_DONE.index(state.state), state.slide),
+    )
+    absent = run_sql(store, "SELECT slide, CAST(since AS VARCHAR) AS since FROM absent")
+    numbers = {
+        f"{row['stage']}_{name}": row[name]
+        for row in counts.to_pylist()
+        for name in ("done", "failed", "missing", "waiting")
+    }
+    return dg.MaterializeResult(
+        metadata={
+            "stages": table_metadata(counts),
+            "not_done": table_metadata(pa.Table.from_pylist([asdict(state) for state in told])),
+            "failures": dg.MetadataValue.json(dict(kinds)),
+            "remedies": dg.MetadataValue.md(
+                "\n".join(f"- **{kind}**: {KINDS[kind].remedy}" for kind in sorted(kinds))
+                or "none needed"
+            ),
+            "absent": table_metadata(absent),
+            "slides_failed": len({state.slide for state in states if state.state == "failed"}),
+            **numbers,
         }
     )
 

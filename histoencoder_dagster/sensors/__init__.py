@@ -1,8 +1,9 @@
 """What the platform watches: for each subject a module.
 
 ``slides`` and ``annotations`` watch what comes from outside, ``stages`` lets each slide's stages
-follow each other, ``clusters`` asks for the first model. They ask for runs in batches as
-``batches`` allows. The cohort's assets follow by automation conditions.
+follow each other, ``completeness`` watches for what failed or is gone, ``clusters`` asks for the
+first model. They ask for runs in batches as ``batches`` allows. The cohort's assets follow by
+automation conditions.
 """
 
 from typing import TypedDict
@@ -16,9 +17,11 @@ from histoencoder_dagster.jobs import (
     fit_clusters,
     label_slides,
     name_clusters,
+    refresh_catalog,
 )
 from histoencoder_dagster.sensors.annotations import edited_cluster_labels, new_annotations
 from histoencoder_dagster.sensors.clusters import first_cluster_model
+from histoencoder_dagster.sensors.completeness import new_troubles
 from histoencoder_dagster.sensors.slides import new_slides
 from histoencoder_dagster.sensors.stages import next_stages
 
@@ -40,6 +43,11 @@ def platform_sensors(settings: PlatformSettings) -> list[dg.SensorDefinition]:
         dg.sensor(job=label_slides, **watching)(new_annotations),
         dg.sensor(job=fit_clusters, **watching)(first_cluster_model),
         dg.sensor(job=name_clusters, **watching)(edited_cluster_labels),
+        dg.sensor(
+            job=refresh_catalog,
+            minimum_interval_seconds=4 * settings.tick_seconds,
+            default_status=dg.DefaultSensorStatus.RUNNING,
+        )(new_troubles),
         # Each refresh is a process and a pass over all slides, so there are fewer of them.
         dg.AutomationConditionSensorDefinition(
             "cohort_follows_slides",

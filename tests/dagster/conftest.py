@@ -29,7 +29,8 @@ from histoencoder_dagster.sensors.batches import RANGE_END, RANGE_START, contigu
 
 STAGES = ("slides", "tiles", "features", "clusters", "labels", "annotations")
 COHORT = (
-    "catalog", "cluster_statistics", "cluster_purity", "cluster_labels", "annotation_accuracy",
+    "catalog", "completeness", "cluster_statistics", "cluster_purity", "cluster_labels",
+    "annotation_accuracy",
 )  # fmt: skip
 QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 

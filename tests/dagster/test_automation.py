@@ -10,6 +10,7 @@ from histoencoder_core.settings import AnnotationSettings, TilingSettings
 STAGES = ("slides", "tiles", "features", "clusters", "labels", "annotations")
 COHORT = {
     "catalog": {None},
+    "completeness": {None},
     "cluster_statistics": {None},
     "cluster_purity": {None},
     "cluster_labels": {None},
@@ -58,8 +59,8 @@ def test_a_broken_slide_in_the_middle_does_not_keep_the_others_from_any_stage(wa
     told = watched.follow()
     assert stages(told[0]) == {"clusters": {"a", "c"}}
     assert watched.recorded("clusters") == {"a", "c"}
-    catalog = watched.metadata("catalog")
-    assert (catalog["clusters_done"], catalog["slides_failed"]) == (2, 2)
+    told = watched.metadata("completeness")
+    assert (told["clusters_done"], told["slides_failed"]) == (2, 2)
     assert watched.due() == {}, "what failed is not tried for ever"
 
 

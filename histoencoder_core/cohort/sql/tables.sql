@@ -73,8 +73,14 @@ CREATE TABLE cluster_counts (
 CREATE TABLE completeness (
     slide  VARCHAR,
     stage  VARCHAR,
-    state  VARCHAR,            -- done, empty, input, failed, stale, missing, not due
-    reason VARCHAR
+    state  VARCHAR,            -- done, empty, input, duplicate, waiting, failed, stale, missing, not due
+    reason VARCHAR,
+    kind   VARCHAR             -- of a failure
+);
+
+CREATE TABLE absent (          -- slides whose file is gone; their results are kept
+    slide VARCHAR,
+    since TIMESTAMP WITH TIME ZONE
 );
 
 CREATE TABLE model (           -- the current one, if there is one
@@ -133,5 +139,6 @@ CREATE TABLE internal.state (  -- one row
     models         VARCHAR[],  -- versions that are there
     cluster_labels VARCHAR,    -- fingerprint of what clusters mean
     statistics     VARCHAR,    -- of the statistics that are there
+    arrived        VARCHAR,    -- of files that are no slides yet, or not any more
     bytes          BIGINT      -- size of the file when it was last written from scratch
 );

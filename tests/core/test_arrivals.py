@@ -1,0 +1,249 @@
+"""Watching folders of slides: what is ready, what waits, what is gone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from making import tissue_pixels, write_tiff
+
+from histoencoder_core.slides import Arrivals, Register, Sheet, receive_slide
+from histoencoder_core.slides import arrivals as arrivals_module
+from histoencoder_core.slides.arrivals import Look, find_in, read_arrivals, write_arrivals
+from histoencoder_core.slides.find import missing_part
+from histoencoder_core.store import Store
+
+OLD = 1_000_000_000
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.wall, self.steady = 2e9, 1e5
+
+    def pass_by(self, seconds: float) -> None:
+        self.wall += seconds
+        self.steady += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    fake = SimpleNamespace(time=lambda: clock.wall, monotonic=lambda: clock.steady)
+    monkeypatch.setattr(arrivals_module, "time", fake)
+    return clock
+
+
+@pytest.fixture
+def scans(tmp_path: Path) -> Path:
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    return folder
+
+
+def watch(store: Store, *folders: Path, settle: float = 60) -> Arrivals:
+    return Arrivals(store, folders, settle_seconds=settle)
+
+
+def ready(look: Look) -> list[str]:
+    return [it.found.relative for it in look.ready]
+
+
+def waiting(look: Look) -> dict[str, str]:
+    return {it.relative: it.reason for it in look.waiting}
+
+
+def old(path: Path, content: bytes = b"x") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    os.utime(path, (OLD, OLD))
+    return path
+
+
+def take_up(store: Store, *folders: Path) -> dict[str, str]:
+    """Take up all slides there are: relative path to the id that it got."""
+    found, _ = find_in(folders)
+    ids = Register(store).assign(found)
+    return {
+        slide.relative: receive_slide(store, slide_id, slide, Sheet()).slide
+        for slide_id, slide in ids.items()
+    }
+
+
+def test_a_copy_that_keeps_an_old_time_is_ready_at_the_second_look(
+    store: Store, scans: Path, clock: Clock
+) -> None:
+    arrivals = watch(store, scans)
+    old(scans / "a.svs")
+    assert waiting(arrivals.look(Sheet())) == {"a.svs": "was just seen, or has just changed"}
+    assert ready(arrivals.look(Sheet())) == ["a.svs"]
+
+
+def test_a_copy_that_grows_under_an_old_time_waits(store: Store, scans: Path, clock: Clock) -> None:
+    """`rsync -t --inplace`, or a copy whose time was set before its end."""
+    arrivals = watch(store, scans)
+    for size in range(1, 4):
+        old(scans / "a.svs", b"x" * size)
+        assert ready(arrivals.look(Sheet())) == []
+    assert ready(arrivals.look(Sheet())) == ["a.svs"]
+
+
+@pytest.mark.parametrize("shift", [-86400.0, 0.0, 86400.0])
+def test_a_young_file_waits_whatever_its_clock_says(
+    store: Store, scans: Path, clock: Clock, shift: float
+) -> None:
+    arrivals = watch(store, scans)
+    path = old(scans / "a.svs")
+    os.utime(path, (clock.wall + shift, clock.wall + shift))
+    arrivals.look(Sheet())
+    for _ in range(3):
+        clock.pass_by(20)
+        if shift < 0:
+            assert ready(arrivals.look(Sheet())) == ["a.svs"], "it is old"
+            return
+        if clock.steady < 1e5 + 60:
+            assert ready(arrivals.look(Sheet())) == []
+    assert ready(arrivals.look(Sheet())) == ["a.svs"]
+
+
+def test_a_clock_that_is_set_back_loses_no_slide(store: Store, scans: Path, clock: Clock) -> None:
+    arrivals = watch(store, scans)
+    path = old(scans / "a.svs")
+    os.utime(path, (clock.wall, clock.wall))
+    arrivals.look(Sheet())
+    clock.wall -= 86400
+    clock.steady += 61
+    assert ready(arrivals.look(Sheet())) == ["a.svs"]
+
+
+def test_an_empty_file_is_not_whole(store: Store, scans: Path, clock: Clock) -> None:
+    arrivals = watch(store, scans)
+    old(scans / "a.svs", b"")
+    for _ in range(3):
+        assert waiting(arrivals.look(Sheet())) == {"a.svs": "is empty so far"}
+
+
+MRXS = """[HIERARCHICAL]
+INDEXFILE = Index.dat
+[DATAFILE]
+FILE_COUNT = 2
+FILE_0 = Data0000.dat
+FILE_1 = Data0001.dat
+"""
+VMS = "[Virtual Microscope Specimen]\nImageFile=a.jpg\nImageFile(1,0)=b.jpg\nMapFile=m.jpg\n"
+
+
+@pytest.mark.parametrize(
+    ("main", "text", "parts"),
+    [
+        (
+            "m.mrxs", "x",
+            [("m/Slidedat.ini", MRXS), ("m/Index.dat", "x"), ("m/Data0000.dat", "x"),
+             ("m/Data0001.dat", "x")],
+        ),
+        ("v.vms", VMS, [("a.jpg", "x"), ("b.jpg", "x"), ("m.jpg", "x")]),
+    ],
+)  # fmt: skip
+def test_a_slide_of_many_files_waits_for_all_of_them(
+    store: Store, scans: Path, clock: Clock, main: str, text: str, parts: list[tuple[str, str]]
+) -> None:
+    arrivals = watch(store, scans)
+    old(scans / main, text.encode())
+    for name, content in parts:
+        for _ in range(3):
+            look = arrivals.look(Sheet())
+            assert main not in ready(look)
+        assert "not there yet" in waiting(look)[main]
+        assert Path(missing_part(scans / main) or "").name == Path(name).name
+        old(scans / name, content.encode())
+    assert missing_part(scans / main) is None
+    arrivals.look(Sheet())
+    assert main in ready(arrivals.look(Sheet()))
+
+
+def test_what_waits_is_told_with_since_when(store: Store, scans: Path, clock: Clock) -> None:
+    arrivals = watch(store, scans)
+    first = clock.wall
+    for size in range(1, 5):
+        old(scans / "a.svs", b"x" * size)
+        look = arrivals.look(Sheet())
+        clock.pass_by(1800)
+    write_arrivals(store, look)
+    [told] = read_arrivals(store)["waiting"]
+    assert (told["relative"], told["since"]) == ("a.svs", first)
+
+
+def test_nothing_is_owed_of_a_slide_that_was_taken_up(store: Store, scans: Path) -> None:
+    path = write_tiff(scans / "a.tiff", tissue_pixels(64, 64))
+    arrivals = watch(store, scans, settle=0)
+    for _ in range(2):
+        look = arrivals.look(Sheet())
+    assert ready(look) == ["a.tiff"]
+    take_up(store, scans)
+    look = arrivals.look(Sheet())
+    assert (ready(look), look.described) == ([], ["a"])
+    assert arrivals.look(Sheet()).described == watch(store, scans).look(Sheet()).described == ["a"]
+    os.utime(path)
+    for _ in range(2):
+        look = arrivals.look(Sheet())
+    assert ready(look) == ["a.tiff"]
+    take_up(store, scans)
+    shutil.rmtree(store.slide("a").path)
+    for _ in range(2):
+        look = arrivals.look(Sheet())
+    assert ready(look) == ["a.tiff"], "its results were deleted"
+
+
+def test_a_transient_failure_is_tried_again_and_a_permanent_one_is_not(
+    store: Store, scans: Path, clock: Clock
+) -> None:
+    arrivals = watch(store, scans, settle=0)
+    found, _ = find_in([old(scans / "full.svs").parent, old(scans / "bad.svs").parent])
+    for slide_id, slide in Register(store).assign(found).items():
+        size, mtime_ns = slide.path.stat().st_size, slide.path.stat().st_mtime_ns
+        inputs = {"path": str(slide.path), "size": size, "mtime_ns": mtime_ns}
+        inputs["sheet"] = {"mpp": None, "facts": {}}
+        error = OSError(28, "full") if slide_id == "full" else ValueError("x")
+        store.slide(slide_id).record_failure("slides", error, inputs=inputs)
+    clock.wall = store.slide("full").failures()["slides"]["at"]
+    arrivals.look(Sheet())
+    clock.pass_by(200)
+    assert ready(arrivals.look(Sheet())) == []
+    clock.pass_by(101)
+    arrivals.look(Sheet())
+    assert ready(arrivals.look(Sheet())) == ["full.svs"]
+
+
+def test_a_file_that_is_gone_is_absent_and_a_share_that_is_away_takes_nothing(
+    store: Store, tmp_path: Path
+) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder, name in ((here, "a"), (here, "b"), (there, "c")):
+        write_tiff(folder / f"{name}.tiff", tissue_pixels(64, 64, seed=ord(name)))
+    take_up(store, here, there)
+    arrivals = watch(store, here, there)
+    (here / "b.tiff").unlink()
+    there.rename(tmp_path / "unmounted")
+    look = arrivals.look(Sheet())
+    assert (look.absent, look.away) == (["b"], [there])
+    write_arrivals(store, look)
+    since = read_arrivals(store)["absent"]["b"]
+    write_arrivals(store, arrivals.look(Sheet()))
+    assert read_arrivals(store)["absent"] == {"b": since}
+    assert store.slide("b").record("slides").exists()
+
+
+def test_a_look_with_little_time_reads_some_and_goes_on(
+    store: Store, scans: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arrivals_module, "_AT_LEAST", 2)
+    for name in "abcde":
+        write_tiff(scans / f"{name}.tiff", tissue_pixels(64, 64, seed=ord(name)))
+    take_up(store, scans)
+    arrivals = watch(store, scans)
+    told = [arrivals.look(Sheet(), seconds=0) for _ in range(3)]
+    assert [look.unlooked for look in told] == [3, 1, 0]
+    assert told[-1].described == list("abcde")
+    assert all(not look.ready for look in told)
