@@ -147,8 +147,11 @@ def measure_pens(folder: Path, say: Callable[..., None]) -> None:
 
 def measure_without_pen(folder: Path, say: Callable[..., None]) -> None:
     """Pictures that bear none."""
-    tiles = sorted((folder / "tiles" / "kather2016_24").glob("*/*.tif"))
-    sets = {name: [folder / name] for name in WITHOUT_PEN} | {"tiles/kather2016_24": tiles}
+    sets = {name: [folder / name] for name in WITHOUT_PEN}
+    # Empty tiles are apart: to Otsu's threshold, their glass can be tissue.
+    for classes in ("0[1-7]*", "08_EMPTY"):
+        paths = sorted((folder / "tiles" / "kather2016_24").glob(f"{classes}/*.tif"))
+        sets[f"tiles/kather2016_24/{classes}"] = paths
     with tempfile.TemporaryDirectory() as synthetic:
         sets["the demo's synthetic cohort"] = make_synthetic_cohort(Path(synthetic))
         for name, paths in sets.items():
