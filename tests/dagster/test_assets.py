@@ -4,6 +4,7 @@ import base64
 import io
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import dagster as dg
 import pytest
@@ -341,3 +342,16 @@ def test_a_range_of_one_slide_runs(deployment):
     job = deployment.defs.resolve_job_def("describe_slides")
     assert deployment.execute(job, {RANGE_START: "b", RANGE_END: "b"}).success
     assert deployment.recorded("slides") == {"b"}
+
+
+def test_of_two_runs_of_the_same_slides_at_once_each_slide_is_made_by_one(deployment):
+    """As when two daemons look after one store."""
+    deployment.add("a", "b", "c")
+    with ThreadPoolExecutor(2) as pool:
+        for asset in ("slides", "tiles", "features"):
+            runs = [pool.submit(deployment.run, asset) for _ in range(2)]
+            assert all(run.result().success for run in runs)
+            for slide in "abc":
+                events = deployment.events(asset, slide)
+                made = [event.metadata["recomputed"].value for event in events]
+                assert sorted(made) == [False, True], (asset, slide)
