@@ -6,7 +6,6 @@ Part of `make chaos`, as it takes minutes.
 import json
 import os
 import random
-import re
 import signal
 import time
 from collections import Counter
@@ -21,6 +20,9 @@ from histoencoder_core.store import Store
 from histoencoder_dagster.partitions import SLIDES
 
 KILLS = 16
+LIFETIME = 20.0
+"""About as long as a run takes here, in seconds."""
+
 SEED = int(os.environ.get("HISTOENCODER_CHAOS_SEED", 0))
 NAMES = ("a", "b", "c", "d")
 PARTITIONED = ("slides", "tiles", "features", "clusters", "annotations")
@@ -41,19 +43,28 @@ pytestmark = [
 ]
 
 
-def workers(home: Path) -> dict[int, str]:
-    """Processes of the platform that execute runs, with the ids of the runs."""
-    found = {}
+def workers(home: Path) -> list[int]:
+    """Processes of the platform that execute runs, from their very beginning."""
+    found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            words = (folder / "cmdline").read_bytes().decode().split("\0")
-            environment = (folder / "environ").read_bytes().decode(errors="replace")
-        except (OSError, UnicodeDecodeError):
+            words = (folder / "cmdline").read_bytes()
+            environment = (folder / "environ").read_bytes().split(b"\0")
+        except OSError:
             continue
-        if "execute_run" in words and f"DAGSTER_HOME={home}" in environment.split("\0"):
-            ids = re.findall(r'"run_id": "([0-9a-f-]{36})"', " ".join(words))
-            found[int(folder.name)] = ids[0] if ids else ""
-    return found
+        if b"spawn_main(" in words and f"DAGSTER_HOME={home}".encode() in environment:
+            found.append(int(folder.name))
+    return sorted(found)
+
+
+def run_of(instance: dg.DagsterInstance, pid: int) -> str:
+    """What a killed process was to make."""
+    for run in instance.get_runs(limit=20):
+        told = instance.all_logs(run.run_id, of_type=dg.DagsterEventType.ENGINE_EVENT)
+        if any(f"(pid: {pid})" in event.message for event in told):
+            assets = sorted(key.path[-1] for key in run.asset_selection or ())
+            return "+".join(assets) or run.job_name
+    return "a run that was starting"
 
 
 def kill(pid: int) -> bool:
@@ -126,15 +137,10 @@ def test_killed_runs_are_made_up_for(tmp_path, deployment, write_slide):
             if not running:
                 time.sleep(0.2)
                 continue
-            pid = rng.choice(sorted(running))
-            time.sleep(rng.uniform(0, 12))
-            run = instance.get_run_by_id(running[pid]) if running[pid] else None
+            pid = rng.choice(running)
+            time.sleep(rng.uniform(0, LIFETIME))
             if kill(pid):
-                assets = run.asset_selection if run is not None else None
-                told = "+".join(sorted(key.path[-1] for key in assets)) if assets else ""
-                hits[told or (run.job_name if run is not None else "unknown")] += 1
-            # Else the same run would be killed over and over as it starts.
-            time.sleep(rng.uniform(0, 6))
+                hits[run_of(instance, pid)] += 1
         while not done():
             assert time.monotonic() < deadline, f"not done after {dict(hits)}"
             time.sleep(1)
