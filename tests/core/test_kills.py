@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import time
 from collections import Counter
@@ -211,7 +212,7 @@ def test_killed_at_random_moments_the_command_line_makes_what_it_makes_undisturb
                 plan_of(reference.slides, store.root), reference.steps, strict=True
             ):
                 running = lines.start(*step.words)
-                most = 8 if LONG else 1
+                most = (3 if step.name == "report" else 10) if LONG else 1
                 for _ in range(most if hits.total() < KILLS else 0):
                     # A little late at times, so that also the end is hit.
                     if running.wait(rng.uniform(0, 1.1 * planned.seconds)) is not None:
@@ -237,3 +238,24 @@ def test_killed_at_random_moments_the_command_line_makes_what_it_makes_undisturb
     print(json.dumps(told))  # noqa: T201 - the figures of `make chaos`
     assert faults == []
     assert looks > 0
+
+
+def test_of_two_command_lines_at_once_each_slide_is_made_by_one(
+    lines: CommandLines, reference: Reference, tmp_path: Path
+) -> None:
+    store = Store(tmp_path / "store")
+    steps = plan_of(reference.slides, store.root)
+    for step, planned in zip(steps[:6], reference.steps, strict=False):
+        both = [lines.start(*step.words) for _ in range(2)]
+        assert [running.wait() for running in both] == [step.code] * 2
+        told = [running.log.read_text() for running in both]
+        for log in told:
+            assert "Traceback" not in log, log
+        assert differences(contents_of(store), planned.after) == [], step.name
+        counts = [re.search(r"(\d+) slides: (?:(\d+) made)?", log) for log in told]
+        assert None not in counts, told
+        found = [(int(count[1]), int(count[2] or 0)) for count in counts if count is not None]
+        failed = step.name == "tile"  # the broken slide, by both
+        assert found[0][0] == found[1][0] == sum(made for _, made in found) + failed, told
+        if step.name == "cluster":
+            assert sum("Fitted cluster model" in log for log in told) == 1, told

@@ -1,0 +1,170 @@
+"""Runs of the live platform are killed at random moments; it heals by itself.
+
+Part of `make chaos`, as it takes minutes.
+"""
+
+import json
+import os
+import random
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import dagster as dg
+import pytest
+from killing import content_of, differences
+from test_end_to_end import Live, annotate
+
+from histoencoder_core.store import Store
+from histoencoder_dagster.partitions import SLIDES
+
+KILLS = 16
+LIFETIME = 20.0
+"""About as long as a run takes here, in seconds."""
+
+SEED = int(os.environ.get("HISTOENCODER_CHAOS_SEED", 0))
+NAMES = ("a", "b", "c", "d")
+PARTITIONED = ("slides", "tiles", "features", "clusters", "annotations")
+UNFINISHED = [
+    dg.DagsterRunStatus.QUEUED,
+    dg.DagsterRunStatus.NOT_STARTED,
+    dg.DagsterRunStatus.STARTING,
+    dg.DagsterRunStatus.STARTED,
+    dg.DagsterRunStatus.CANCELING,
+]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1200),
+    pytest.mark.skipif(
+        "HISTOENCODER_CHAOS_KILLS" not in os.environ, reason="takes minutes; see `make chaos`"
+    ),
+]
+
+
+def workers(home: Path) -> list[int]:
+    """Processes of the platform that execute runs, from their very beginning."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes()
+            environment = (folder / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"spawn_main(" in words and f"DAGSTER_HOME={home}".encode() in environment:
+            found.append(int(folder.name))
+    return sorted(found)
+
+
+def run_of(instance: dg.DagsterInstance, pid: int) -> str:
+    """What a killed process was to make."""
+    for run in instance.get_runs(limit=20):
+        told = instance.all_logs(run.run_id, of_type=dg.DagsterEventType.ENGINE_EVENT)
+        if any(f"(pid: {pid})" in event.message for event in told):
+            assets = sorted(key.path[-1] for key in run.asset_selection or ())
+            return "+".join(assets) or run.job_name
+    return "a run that was starting"
+
+
+def kill(pid: int) -> bool:
+    """Kill a process and its children, and wait until it is gone."""
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    try:
+        group = [pid, *map(int, children.read_text().split())]
+    except OSError:
+        return False
+    for one in group:
+        try:
+            os.kill(one, signal.SIGKILL)
+        except ProcessLookupError:
+            if one == pid:
+                return False
+    return True
+
+
+def patient(live: Live) -> None:
+    """Let the daemon look after killed runs at once, and try again as often as they are killed."""
+    path = live.home / "dagster.yaml"
+    text = path.read_text()
+    for before, after in (
+        ("free_slots_after_run_end_seconds: 60", "free_slots_after_run_end_seconds: 5"),
+        ("  start_timeout_seconds: 180", "  start_timeout_seconds: 60\n  poll_interval_seconds: 5"),
+        ("max_retries: 2", "max_retries: 8"),
+    ):
+        assert before in text
+        text = text.replace(before, after)
+    path.write_text(text)
+
+
+def slides_of(store: Store) -> dict[str, object]:
+    """What lies in the slides' folders, and the models; nothing temporary may be there."""
+    found = {}
+    for path in sorted(store.root.rglob("*")):
+        name = path.relative_to(store.root).as_posix()
+        assert ".tmp" not in path.name, f"{name} was left behind"
+        kept = not name.startswith("_cohort/") or name.startswith("_cohort/cluster_")
+        if path.is_file() and kept and not path.name.endswith("lock"):
+            found[name] = content_of(name, path.read_bytes())
+    return found
+
+
+def test_killed_runs_are_made_up_for(tmp_path, deployment, write_slide):
+    (tmp_path / "live").mkdir()
+    live = Live(tmp_path / "live")
+    live.env |= {
+        "HISTOENCODER_FIRST_FIT_SLIDES": str(len(NAMES)),
+        "HISTOENCODER_CLUSTERS__N_CLUSTERS": "[2,3]",
+        "HISTOENCODER_BATCH_SIZE": "16",
+    }
+    patient(live)
+    for seed, name in enumerate(NAMES):
+        write_slide(live.slides / f"{name}.tiff", seed=seed, size=1024)
+    annotate(live.slides / "annotations", "a", "tumour")
+    rng = random.Random(SEED)
+    hits: Counter[str] = Counter()
+    with live.running(), dg.DagsterInstance.from_config(str(live.home)) as instance:
+        deadline = time.monotonic() + 900
+
+        def done() -> bool:
+            keys = [dg.AssetKey(name) for name in PARTITIONED]
+            made = [instance.get_materialized_partitions(key) for key in keys]
+            idle = not instance.get_runs_count(dg.RunsFilter(statuses=UNFINISHED))
+            return idle and all(partitions == set(NAMES) for partitions in made)
+
+        while hits.total() < KILLS and not done() and time.monotonic() < deadline:
+            running = workers(live.home)
+            if not running:
+                time.sleep(0.2)
+                continue
+            pid = rng.choice(running)
+            time.sleep(rng.uniform(0, LIFETIME))
+            if kill(pid):
+                hits[run_of(instance, pid)] += 1
+        while not done():
+            assert time.monotonic() < deadline, f"not done after {dict(hits)}"
+            time.sleep(1)
+        time.sleep(8)  # more than slots are held after the end of a run
+        held = {
+            pool: info.active_slot_count
+            for pool in instance.event_log_storage.get_concurrency_keys()
+            if (info := instance.event_log_storage.get_concurrency_info(pool))
+        }
+        assert set(instance.get_dynamic_partitions(SLIDES)) == set(NAMES)
+    assert held
+    assert not any(held.values()), held
+    told = {"seed": SEED, "kills": hits.total(), "by run": dict(hits.most_common()), "slots": held}
+    print(json.dumps(told))  # noqa: T201 - the figures of `make chaos`
+    assert hits
+
+    # The same slides, undisturbed.
+    deployment.change(slides=live.slides)
+    deployment.register()
+    for stage in ("slides", "tiles", "features"):
+        assert deployment.run(stage).success
+    deployment.run("cluster_model")
+    deployment.run("clusters")
+    deployment.run("labels", slides=["a"])
+    deployment.run("catalog", "cluster_labels")
+    deployment.run("annotations")
+    assert differences(slides_of(Store(live.store)), slides_of(deployment.store)) == []
