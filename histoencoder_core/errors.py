@@ -64,6 +64,10 @@ KINDS: dict[str, FailureKind] = {
 """All kinds of failures by name. No tissue is none of them, but a result with a reason."""
 
 
+NOTHING_FOUND = 3
+"""Exit code of a program that was run to find something, and found nothing."""
+
+
 class HistoEncoderError(Exception):
     """Base of every error that a user can act on.
 

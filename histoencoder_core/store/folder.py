@@ -251,14 +251,15 @@ class SlideFolder:
         names = (layout.RECORD[stage], *layout.COMPANIONS[stage])
         for name in names:
             path = self.file(name)
-            if path.exists() and not self._is_ours(path):
+            if path.exists() and not self.is_ours(path):
                 raise StoreError(
                     f"{path}: was not written by this program, so it is left alone and the "
                     f"{stage} of {self.slide_id} can't be written. Move it away, or choose "
                     "another store."
                 )
 
-    def _is_ours(self, path: Path) -> bool:
+    def is_ours(self, path: Path) -> bool:
+        """Whether a file or folder that has the name of a stage's output was written by us."""
         if path.is_dir():
             return not any(path.iterdir()) or _print_of(path) is not None
         if path.suffix == ".jpeg":

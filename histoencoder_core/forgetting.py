@@ -1,0 +1,190 @@
+"""Forgetting slides: removing all that the store holds of them, and telling what it does not.
+
+What was made of many slides, such as figures, is removed as a whole: it is made again without them.
+Files of other programs and of people are left alone and told of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from histoencoder_core.annotate.evaluation import evaluation_path
+from histoencoder_core.clusters.model import models_of, strike_slides
+from histoencoder_core.cohort.catalog import forget_slides, slides_in_catalog
+from histoencoder_core.similar.index import index_folder, slides_in_index
+from histoencoder_core.slides import Register
+from histoencoder_core.slides.register import Entry
+from histoencoder_core.store import SlideFolder, Store, files, layout
+
+_TEXT = frozenset([".csv", ".geojson", ".json", ".yaml", ".yml"])
+_MOST_BYTES = 64 * 2**20
+"""Larger files of people's are not searched for a slide's name."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A place that holds something of the slides.
+
+    Attributes:
+        path: The file or folder.
+        what: What becomes of it, for people.
+        remove: Removes the slides from it.
+    """
+
+    path: Path
+    what: str
+    remove: Callable[[], None]
+
+
+def traces(store: Store, slides: Sequence[str]) -> list[Trace]:
+    """Find all places of the store that hold something of some slides.
+
+    Removed in the order given, an interruption loses nothing: what is left is found again.
+
+    Args:
+        store: The store.
+        slides: Their ids.
+
+    Returns:
+        The places; none if the store does not know the slides.
+
+    Raises:
+        StoreError: An id can't be a slide's.
+    """
+    own = [trace for slide_id in slides for trace in _own(store.slide(slide_id))]
+    named = [
+        *(
+            Trace(
+                path,
+                "is told no longer that it was fitted on them",
+                lambda path=path: strike_slides(path, slides),
+            )  # type: ignore[misc]
+            for path in models_of(store, slides)
+        ),
+        *_in_register(store, slides),
+        *_in_catalog(store, slides),
+    ]
+    if not own and not named:
+        return []
+    return [*_of_many(store), *own, *named]
+
+
+def still_known(
+    store: Store, slides: Sequence[str], entries: dict[str, Entry], inputs: Collection[Path]
+) -> Iterator[str]:
+    """Tell what still knows slides after they were forgotten, a line each.
+
+    Args:
+        store: The store.
+        slides: Their ids.
+        entries: The register, as it was before.
+        inputs: What people wrote: files, and folders of files, that may name a slide.
+    """
+    for slide_id in slides:
+        entry = entries.get(slide_id)
+        if entry is not None and Path(entry.path).exists():
+            yield f"{entry.path}: the slide itself. While it is there it comes back as a new slide."
+        for path in _foreign(store.slide(slide_id)):
+            yield f"{path}: was not written by this program."
+    names = {name for s in slides for name in _names(s, entries.get(s))}
+    for path in [store.tiles_csv, *inputs]:
+        for found in [path] if path.is_file() else sorted(path.rglob("*")):
+            if found.is_file() and _mentions(found, names):
+                yield f"{found}: names it."
+    if any(store.cluster_models.glob("*.parquet")):
+        yield (
+            f"{store.cluster_models}: centroids that its tiles may have moved; they tell nothing "
+            "of one slide. `histoencoder cluster --refit` fits a model without it."
+        )
+    yield "Backups and copies of the store and of DAGSTER_HOME that were made before."
+    yield "Reports, pictures and tables that were given away; logs of terminals and servers."
+
+
+def _own(folder: SlideFolder) -> Iterator[Trace]:
+    """The slide's own files, all in one; nothing if there are none."""
+    if not folder.path.is_dir():
+        return
+    foreign = set(_foreign(folder))
+
+    def remove() -> None:
+        for path in list(folder.path.iterdir()):
+            if path not in foreign:
+                files.remove(path)
+        if not foreign:
+            folder.path.rmdir()
+
+    if not foreign or any(path not in foreign for path in folder.path.iterdir()):
+        yield Trace(folder.path, "is removed", remove)
+
+
+def _foreign(folder: SlideFolder) -> list[Path]:
+    """What other programs wrote into a slide's folder."""
+    if not folder.path.is_dir():
+        return []
+    outputs = {*layout.RECORD.values(), *(n for names in layout.COMPANIONS.values() for n in names)}
+    return [
+        path
+        for path in sorted(folder.path.iterdir())
+        if not (
+            path.name in {layout.VERSIONS, layout.FAILURES}
+            or path.name.startswith(".")
+            or (path.name in outputs and folder.is_ours(path))
+        )
+    ]
+
+
+def _of_many(store: Store) -> Iterator[Trace]:
+    """What was drawn or measured of all slides."""
+    for path in (store.figures, store.report_path, evaluation_path(store), index_folder(store)):
+        if path == index_folder(store) and not slides_in_index(store):
+            continue
+        if path.exists():
+            yield Trace(path, "is removed, and made again without them", lambda p=path: _clear(p))  # type: ignore[misc]
+
+
+def _clear(path: Path) -> None:
+    """Remove a file or folder of the cohort, with what is left of attempts to write it."""
+    files.remove(path)
+    for left in path.parent.glob(f".{path.name}.*.tmp"):
+        files.remove(left)
+
+
+def _in_register(store: Store, slides: Collection[str]) -> Iterator[Trace]:
+    path = store.register_path
+
+    def remove() -> None:
+        with FileLock(path.with_suffix(".lock")):
+            content = files.read_json(path)
+            for slide_id in slides:
+                content["slides"].pop(slide_id, None)
+            files.write_json(path, content)
+
+    if path.is_file() and not Register(store).entries().keys().isdisjoint(slides):
+        yield Trace(path, "loses their entries", remove)
+
+
+def _in_catalog(store: Store, slides: Sequence[str]) -> Iterator[Trace]:
+    path = store.catalog_path
+    if slides_in_catalog(store, slides):
+        yield Trace(path, "is written anew without them", lambda: forget_slides(store, slides))
+
+
+def _names(slide_id: str, entry: Entry | None) -> set[str]:
+    """All names that people may call a slide by."""
+    if entry is None:
+        return {slide_id}
+    return {slide_id, entry.relative, Path(entry.path).name, Path(entry.path).stem}
+
+
+def _mentions(path: Path, names: Collection[str]) -> bool:
+    """Whether a file is named after a slide, or is text that holds one of its names."""
+    if any(path.name == name or path.name.startswith((f"{name}.", f"{name}_")) for name in names):
+        return True
+    if path.suffix.lower() not in _TEXT or path.stat().st_size > _MOST_BYTES:
+        return False
+    content = path.read_bytes()
+    return any(name.encode() in content for name in names)
