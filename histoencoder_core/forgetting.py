@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from filelock import FileLock
@@ -57,14 +58,7 @@ def traces(store: Store, slides: Sequence[str]) -> list[Trace]:
     """
     own = [trace for slide_id in slides for trace in _own(store.slide(slide_id))]
     named = [
-        *(
-            Trace(
-                path,
-                "is told no longer that it was fitted on them",
-                lambda path=path: strike_slides(path, slides),
-            )  # type: ignore[misc]
-            for path in models_of(store, slides)
-        ),
+        *_in_models(store, slides),
         *_in_register(store, slides),
         *_in_catalog(store, slides),
     ]
@@ -143,7 +137,7 @@ def _of_many(store: Store) -> Iterator[Trace]:
         if path == index_folder(store) and not slides_in_index(store):
             continue
         if path.exists():
-            yield Trace(path, "is removed, and made again without them", lambda p=path: _clear(p))  # type: ignore[misc]
+            yield Trace(path, "is removed, and made again without them", partial(_clear, path))
 
 
 def _clear(path: Path) -> None:
@@ -151,6 +145,12 @@ def _clear(path: Path) -> None:
     files.remove(path)
     for left in path.parent.glob(f".{path.name}.*.tmp"):
         files.remove(left)
+
+
+def _in_models(store: Store, slides: Collection[str]) -> Iterator[Trace]:
+    for path in models_of(store, slides):
+        what = "is told no longer that it was fitted on them"
+        yield Trace(path, what, partial(strike_slides, path, slides))
 
 
 def _in_register(store: Store, slides: Collection[str]) -> Iterator[Trace]:
@@ -170,7 +170,7 @@ def _in_register(store: Store, slides: Collection[str]) -> Iterator[Trace]:
 def _in_catalog(store: Store, slides: Sequence[str]) -> Iterator[Trace]:
     path = store.catalog_path
     if slides_in_catalog(store, slides):
-        yield Trace(path, "is written anew without them", lambda: forget_slides(store, slides))
+        yield Trace(path, "is written anew without them", partial(forget_slides, store, slides))
 
 
 def _names(slide_id: str, entry: Entry | None) -> set[str]:

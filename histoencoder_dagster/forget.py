@@ -11,14 +11,16 @@ import contextlib
 import json
 import sqlite3
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import sqlalchemy as sa
 from dagster import DagsterRunStatus, RunsFilter
+from dagster._core.execution.backfill import BulkActionStatus
 from dagster._core.storage.event_log.schema import (
     AssetCheckExecutionsTable,
     AssetEventTagsTable,
@@ -57,6 +59,11 @@ _UNFINISHED = [
     DagsterRunStatus.STARTED,
     DagsterRunStatus.CANCELING,
 ]
+_UNFINISHED_BACKFILLS = [
+    BulkActionStatus.REQUESTED,
+    BulkActionStatus.CANCELING,
+    BulkActionStatus.FAILING,
+]
 _BUSY_SECONDS = 30
 
 _Connect = Callable[[], AbstractContextManager[sa.Connection]]
@@ -69,11 +76,10 @@ def main() -> int:
     parser.add_argument("--name", action="append", default=[], help="another name of one of them")
     parser.add_argument("--yes", action="store_true", help="do it")
     arguments = parser.parse_args()
-    redaction = Redaction(arguments.slides, arguments.name)
     try:
         with dg.DagsterInstance.get() as instance:
             forget = forget_in_dagster if arguments.yes else found_in_dagster
-            told = forget(instance, redaction)
+            told = forget(instance, arguments.slides, arguments.name)
     except HistoEncoderError as error:
         print(f"ERROR: {error}", file=sys.stderr)
         return 1
@@ -82,7 +88,11 @@ def main() -> int:
     return 0 if any(told.values()) else NOTHING_FOUND
 
 
-def found_in_dagster(instance: dg.DagsterInstance, redaction: Redaction) -> dict[str, int]:
+def found_in_dagster(
+    instance: dg.DagsterInstance,
+    slides: Collection[str],
+    names: Collection[str] = (),  # noqa: ARG001 - asked like `forget_in_dagster`
+) -> dict[str, int]:
     """Tell how many partitions and events of some slides an instance holds.
 
     Raises:
@@ -90,19 +100,22 @@ def found_in_dagster(instance: dg.DagsterInstance, redaction: Redaction) -> dict
     """
     events, _, _ = _storages(instance)
     table = SqlEventLogStorageTable
-    of_slides = table.c.partition.in_(redaction.slides)
+    of_slides = table.c.partition.in_(slides)
     with events.index_connection() as connection:
         count = connection.scalar(sa.select(sa.func.count()).select_from(table).where(of_slides))
-    partitions = redaction.slides & {*instance.get_dynamic_partitions(SLIDES)}
+    partitions = {*slides} & {*instance.get_dynamic_partitions(SLIDES)}
     return {"partitions": len(partitions), "events": count or 0}
 
 
-def forget_in_dagster(instance: dg.DagsterInstance, redaction: Redaction) -> dict[str, int]:
+def forget_in_dagster(
+    instance: dg.DagsterInstance, slides: Collection[str], names: Collection[str] = ()
+) -> dict[str, int]:
     """Remove all that an instance holds of some slides.
 
     Args:
         instance: The instance.
-        redaction: Which slides.
+        slides: Their ids.
+        names: What else they are called: paths and names of their files.
 
     Returns:
         How many records of each kind were deleted or changed.
@@ -112,10 +125,10 @@ def forget_in_dagster(instance: dg.DagsterInstance, redaction: Redaction) -> dic
             the instance keeps its records elsewhere than in a database.
     """
     events, runs, schedules = _storages(instance)
-    order = list(instance.get_dynamic_partitions(SLIDES))
-    _refuse_unfinished(instance, redaction, order)
+    redaction = Redaction(slides, names, instance.get_dynamic_partitions(SLIDES))
+    _refuse_unfinished(instance, runs, redaction)
     shards = list(_event_shards(events, redaction))
-    told = {"runs": _delete_runs(instance, redaction, order)}
+    told = {"runs": _delete_runs(instance, redaction)}
     told["events"] = sum(_change_events(connect, redaction) for connect in shards)
     with events.index_connection() as connection:
         told["events"] += _change_assets(connection, redaction)
@@ -126,7 +139,7 @@ def forget_in_dagster(instance: dg.DagsterInstance, redaction: Redaction) -> dic
         )
         told["partitions"] = gone.rowcount
     with runs.connect() as connection:
-        told["runs"] += _change_runs(connection, redaction, order)
+        told["runs"] += _change_runs(connection, redaction)
     with schedules.connect() as connection:
         told["ticks and cursors"] = _change_schedules(connection, redaction)
     told["logs"] = _change_logs(instance, redaction)
@@ -154,17 +167,27 @@ def _storages(
 
 
 def _refuse_unfinished(
-    instance: dg.DagsterInstance, redaction: Redaction, order: Sequence[str]
+    instance: dg.DagsterInstance, runs: SqlRunStorage, redaction: Redaction
 ) -> None:
     """Make sure that nothing writes what is about to be removed."""
     for run in instance.get_runs(RunsFilter(statuses=_UNFINISHED)):
-        of = covered(dict(run.tags), order)
+        of = covered(dict(run.tags), redaction.order)
         if not of or redaction.slides.intersection(of):
             raise HistoEncoderError(
                 f"Run {run.run_id} ({run.job_name}) is {run.status.value.lower()} and reads or "
                 "writes these slides. Wait until it has ended, or cancel it; stop the sensors "
                 "meanwhile."
             )
+    backfills = BulkActionsTable
+    unfinished = backfills.c.status.in_(status.value for status in _UNFINISHED_BACKFILLS)
+    with runs.connect() as connection:
+        for key, body in connection.execute(
+            sa.select(backfills.c.key, backfills.c.body).where(unfinished)
+        ).fetchall():
+            if redaction.lists(body):
+                raise HistoEncoderError(
+                    f"Backfill {key} is of these slides and has not ended. Wait, or cancel it."
+                )
 
 
 # Events -------------------------------------------------------------------------------------------
@@ -180,7 +203,7 @@ def _event_shards(events: SqlEventLogStorage, redaction: Redaction) -> Iterator[
     if isinstance(events, SqliteEventLogStorage):
         for run_id in events.get_all_run_ids():
             if _holds(Path(events.path_for_shard(run_id)), redaction):
-                yield lambda run_id=run_id: events.run_connection(run_id)  # type: ignore[misc]
+                yield partial(events.run_connection, run_id)
 
 
 def _holds(path: Path, redaction: Redaction) -> bool:
@@ -228,16 +251,17 @@ def _change_assets(connection: sa.Connection, redaction: Redaction) -> int:
         sa.select(assets.c.asset_key, assets.c.last_materialization, assets.c.cached_status_data)
     ).fetchall():
         values: dict[str, Any] = {}
-        if status is not None and redaction.mentioned_in(status):
+        if status is not None and redaction.lists(status):
             values["cached_status_data"] = None  # Dagster works it out again
-        if last is not None and redaction.mentioned_in(last):
-            values["last_materialization"] = connection.scalar(
-                sa.select(events.c.event)
-                .where(events.c.asset_key == key)
-                .where(events.c.dagster_event_type == "ASSET_MATERIALIZATION")
-                .order_by(events.c.id.desc())
-                .limit(1)
-            )
+        newest = connection.scalar(
+            sa.select(events.c.event)
+            .where(events.c.asset_key == key)
+            .where(events.c.dagster_event_type == "ASSET_MATERIALIZATION")
+            .order_by(events.c.id.desc())
+            .limit(1)
+        )
+        if last is not None and last != newest:  # it was the slide's, or was changed above
+            values["last_materialization"] = newest
         if values:
             connection.execute(assets.update().where(assets.c.asset_key == key).values(values))
             changed += 1
@@ -246,30 +270,30 @@ def _change_assets(connection: sa.Connection, redaction: Redaction) -> int:
         sa.select(checks.c.id, column).where(_naming(column, redaction))
     ).fetchall():
         kept = redaction.event(event)
-        connection.execute(
-            checks.update().where(checks.c.id == number).values(evaluation_event=kept)
-        )
-        changed += 1
+        if kept != event:
+            this = checks.c.id == number
+            connection.execute(checks.update().where(this).values(evaluation_event=kept))
+            changed += 1
     return changed
 
 
 # Runs ---------------------------------------------------------------------------------------------
 
 
-def _delete_runs(instance: dg.DagsterInstance, redaction: Redaction, order: Sequence[str]) -> int:
+def _delete_runs(instance: dg.DagsterInstance, redaction: Redaction) -> int:
     """Delete runs of nothing but the slides, with their logs."""
     deleted = 0
     for slide_id in redaction.slides:
         for tag in (PARTITION, RANGE_START):
             for run in instance.get_runs(RunsFilter(tags={tag: slide_id})):
-                if redaction.slides.issuperset(covered(dict(run.tags), order)):
+                if redaction.slides.issuperset(covered(dict(run.tags), redaction.order)):
                     instance.delete_run(run.run_id)
                     instance.compute_log_manager.delete_logs(prefix=[run.run_id])
                     deleted += 1
     return deleted
 
 
-def _change_runs(connection: sa.Connection, redaction: Redaction, order: Sequence[str]) -> int:
+def _change_runs(connection: sa.Connection, redaction: Redaction) -> int:
     runs, tags, changed = RunsTable, RunTagsTable, 0
     named = sa.select(tags.c.run_id).where(
         tags.c.key.in_([PARTITION, RANGE_START, RANGE_END]) & tags.c.value.in_(redaction.slides)
@@ -277,7 +301,7 @@ def _change_runs(connection: sa.Connection, redaction: Redaction, order: Sequenc
     for run_id, body, partition in connection.execute(
         sa.select(runs.c.run_id, runs.c.run_body, runs.c.partition).where(runs.c.run_id.in_(named))
     ).fetchall():
-        kept = redaction.run(body, order)
+        kept = redaction.run(body)
         values: dict[str, str | None] = {"run_body": kept}
         if partition in redaction.slides:
             values["partition"] = None
@@ -286,7 +310,7 @@ def _change_runs(connection: sa.Connection, redaction: Redaction, order: Sequenc
         told = dict(
             connection.execute(sa.select(tags.c.key, tags.c.value).where(of_run)).fetchall()
         )
-        for key, value in redaction.tags(told, order).items():
+        for key, value in redaction.tags(told).items():
             if value != told[key]:
                 this = of_run & (tags.c.key == key)
                 connection.execute(tags.update().where(this).values(value=value))
@@ -295,7 +319,7 @@ def _change_runs(connection: sa.Connection, redaction: Redaction, order: Sequenc
     for key, body in connection.execute(
         sa.select(backfills.c.key, backfills.c.body).where(_naming(backfills.c.body, redaction))
     ).fetchall():
-        if redaction.mentioned_in(body):
+        if redaction.lists(body):
             connection.execute(backfills.delete().where(backfills.c.key == key))
             of_backfill = BackfillTagsTable.c.backfill_id == key
             connection.execute(BackfillTagsTable.delete().where(of_backfill))

@@ -10,7 +10,7 @@ import binascii
 import json
 import re
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from histoencoder_dagster.partitions import PARTITION, RANGE_END, RANGE_START
@@ -24,8 +24,13 @@ _FOR_PEOPLE = frozenset(
 )  # fmt: skip
 """Parts of a record that are only ever shown."""
 
+_OF_PARTITIONS = frozenset(["subset", "__set__", "partition_names", "partition_keys"])
+"""What lists of partitions are called."""
+
 _OF_A_TYPE = frozenset(["__class__", "__enum__"])
 _SUBSET = "DefaultPartitionsSubset"
+_RANGES = "KeyRangesPartitionsSubset"
+_RANGE = "PartitionKeyRange"
 _PICTURE = re.compile(r"!\[[^\]]*\]\(data:image/[^)]*\)")
 _AUTOMATION_CURSOR = re.compile(r"0[A-Za-z0-9+/]+={0,2}")
 _QUOTED_CURSOR = re.compile(rf'(?<="){_AUTOMATION_CURSOR.pattern}')
@@ -37,10 +42,15 @@ class Redaction:
     Attributes:
         slides: Their ids.
         names: Ids, and what else the slides are called: paths and names of their files.
+        order: All partitions in Dagster's order, the slides among them: ranges of partitions are
+            kept as their ends.
     """
 
-    def __init__(self, slides: Collection[str], names: Collection[str] = ()) -> None:
+    def __init__(
+        self, slides: Collection[str], names: Collection[str] = (), order: Sequence[str] = ()
+    ) -> None:
         self.slides = frozenset(slides)
+        self.order = list(order)
         self.names = sorted({*slides, *names}, key=len, reverse=True)
         told = "|".join(map(re.escape, self.names))
         self._pattern = re.compile(rf"(?<![A-Za-z0-9._-])(?:{told})(?![A-Za-z0-9_-])")
@@ -50,6 +60,31 @@ class Redaction:
         if self._pattern.search(text):
             return True
         return any(self._pattern.search(_unpacked(m[0])) for m in _QUOTED_CURSOR.finditer(text))
+
+    def lists(self, text: str) -> bool:
+        r"""Whether JSON lists one of the slides as a partition, also in JSON inside of it.
+
+        Example:
+            >>> told = '{"asset": ["tiles"], "done": "{\\"subset\\": [\\"A\\"]}"}'
+            >>> Redaction(["A"]).lists(told), Redaction(["tiles"]).lists(told)
+            (True, False)
+        """
+        try:
+            return self._listed(json.loads(text))
+        except ValueError:
+            return False
+
+    def _listed(self, value: Any, key: str = "") -> bool:
+        if isinstance(value, dict):
+            if value.get("__class__") == _RANGE:
+                return not self.slides.isdisjoint(self._between(value))
+            return any(self._listed(part, name) for name, part in value.items())
+        if isinstance(value, list):
+            own = key in _OF_PARTITIONS and any(
+                isinstance(part, str) and part in self.slides for part in value
+            )
+            return own or any(self._listed(part) for part in value if not isinstance(part, str))
+        return isinstance(value, str) and value.startswith(("{", "[")) and self.lists(value)
 
     def prose(self, text: str) -> str:
         """A text for people without the names.
@@ -93,18 +128,14 @@ class Redaction:
             return self.prose(text)
         return text if (kept := self._without(content)) == content else json.dumps(kept)
 
-    def tags(self, tags: dict[str, str], order: Sequence[str]) -> dict[str, str]:
+    def tags(self, tags: dict[str, str]) -> dict[str, str]:
         """A run's tags whose range of partitions neither begins nor ends with one of the slides.
 
-        Args:
-            tags: The tags.
-            order: All partitions in Dagster's order, the slides among them.
-
         Example:
-            >>> Redaction(["a"]).tags({RANGE_START: "a", RANGE_END: "c"}, ["a", "b", "c"])
+            >>> Redaction(["a"], order="abc").tags({RANGE_START: "a", RANGE_END: "c"})
             {'dagster/asset_partition_range_start': 'b', 'dagster/asset_partition_range_end': 'c'}
         """
-        kept = [key for key in covered(tags, order) if key not in self.slides]
+        kept = [key for key in covered(tags, self.order) if key not in self.slides]
         bounds = {RANGE_START: kept[:1], RANGE_END: kept[-1:]}
         return {
             key: next(iter(bounds.get(key, ())), FORGOTTEN)
@@ -113,11 +144,11 @@ class Redaction:
             for key, value in tags.items()
         }
 
-    def run(self, text: str, order: Sequence[str]) -> str:
+    def run(self, text: str) -> str:
         """A run's JSON without the slides."""
 
         def without(run: Any) -> Any:
-            return {**run, "tags": self.tags(run.get("tags") or {}, order)}
+            return {**run, "tags": self.tags(run.get("tags") or {})}
 
         return _rewritten(text, without)
 
@@ -129,8 +160,10 @@ class Redaction:
         if isinstance(value, dict):
             if value.get("__class__") == _SUBSET:
                 return self._without(value)
+            if value.get("__class__") == _RANGES:
+                return {**value, "key_ranges": list(self._ranges(value["key_ranges"]))}
             if key in {"tags", "run_tags"}:
-                return self.tags(value, ())
+                return self.tags(value)
             kept = {k: v for k, v in value.items() if not (shown and k in self.slides)}
             return {k: v if k in _OF_A_TYPE else inside(v, k) for k, v in kept.items()}
         if isinstance(value, list):
@@ -140,6 +173,16 @@ class Redaction:
         if shown:
             return self.prose(value if pictures else _PICTURE.sub("*picture removed*", value))
         return FORGOTTEN if key == "partition" and value in self.slides else value
+
+    def _ranges(self, ranges: list[dict[str, str]]) -> Iterator[dict[str, str]]:
+        """Ranges of partitions that neither begin nor end with one of the slides."""
+        for range_ in ranges:
+            kept = [key for key in self._between(range_) if key not in self.slides]
+            if kept:
+                yield {**range_, "start": kept[0], "end": kept[-1]}
+
+    def _between(self, range_: dict[str, str]) -> list[str]:
+        return covered({RANGE_START: range_["start"], RANGE_END: range_["end"]}, self.order)
 
     def _without(self, value: Any) -> Any:
         """JSON without the slides among its keys and in its lists."""

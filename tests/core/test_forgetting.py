@@ -24,23 +24,28 @@ from histoencoder_core.similar.index import tile_index
 from histoencoder_core.slides import Register
 from histoencoder_core.store import Store
 
-GONE = "synthetic-2"
+GONE = "synthetic-02"
 
 
-@pytest.fixture
-def grown(cohort_store: Store, tmp_path: Path) -> Store:
+@pytest.fixture(scope="module")
+def grown_once(cohort_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Store:
     """The cohort with all that is made of many slides, and what a killed refresh left."""
-    store = copy_of(cohort_store, tmp_path / "store")
+    store = copy_of(cohort_store, tmp_path_factory.mktemp("grown") / "store")
     model = current_model(store)
     assert model is not None
     fit_umap(store, store.slide_ids(), model)
     tile_index(store, feature_files(store))
-    FIGURES["slide_composition"](store)
+    FIGURES["composition"](store)
     (store.cohort / "report.html").write_text(f"<p>{GONE}</p>")
     (store.cohort / "evaluation.json").write_text(json.dumps({"slides": [GONE]}))
     (store.cohort / ".catalog.duckdb.1-2.tmp").write_bytes(store.catalog_path.read_bytes())
     (store.slide(GONE).path / ".tiles.1-2.tmp").mkdir()
     return store
+
+
+@pytest.fixture
+def grown(grown_once: Store, tmp_path: Path) -> Store:
+    return copy_of(grown_once, tmp_path / "store")
 
 
 def rows_but_of(store: Store, slide_id: str) -> dict[str, list[object]]:
@@ -71,7 +76,7 @@ def test_nothing_of_a_forgotten_slide_is_left_and_nothing_else_is_lost(grown: St
     assert rows_but_of(grown, GONE) == rows
     assert GONE not in Register(grown).entries()
     assert len(Register(grown).entries()) == 5
-    assert publish_catalog(grown).read == 0 or True
+    publish_catalog(grown)
     assert found_in(grown.root, [GONE]) == {}
 
 
