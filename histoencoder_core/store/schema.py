@@ -1,8 +1,8 @@
 """The store's schema version, and how an older store becomes a newer one.
 
-``<store>/_cohort/store.json`` holds the version. It covers what is not made anew by itself: names of
-files, and the form of those that nothing else can tell the form of. Tables of tiles carry stamps,
-and the catalog the fingerprint of its own form, by which it is written anew.
+``<store>/_cohort/store.json`` holds the version. It covers what is not made anew by itself: names
+of files, and the form of those that nothing else can tell the form of. Tables of tiles carry
+stamps, and the catalog the fingerprint of its own form, by which it is written anew.
 
 A store is looked at once a process, when it is first opened. An older one is brought up to date
 then, step by step under a lock. Each step may be repeated, so one that was killed does no harm. A
@@ -70,7 +70,7 @@ def read_version(root: Path) -> int | None:
     try:
         version = files.read_json(record)["version"]
         if not isinstance(version, int) or version < 1:
-            raise ValueError(f"version is {version!r}")  # noqa: TRY004 - of the file, not of a call
+            raise ValueError(f"version is {version!r}")
     except (FileNotFoundError, NotADirectoryError):
         return 1 if record.parent.is_dir() else None
     except (ValueError, KeyError, TypeError) as error:
