@@ -18,6 +18,7 @@ from histoencoder_core.clusters.model import models_of, strike_slides
 from histoencoder_core.cohort.catalog import forget_slides, slides_in_catalog
 from histoencoder_core.similar.index import index_folder, slides_in_index
 from histoencoder_core.slides import Register
+from histoencoder_core.slides.contents import Contents
 from histoencoder_core.slides.register import Entry
 from histoencoder_core.store import SlideFolder, Store, files, layout
 
@@ -44,6 +45,8 @@ class Trace:
 def traces(store: Store, slides: Sequence[str]) -> list[Trace]:
     """Find all places of the store that hold something of some slides.
 
+    A slide that was known by other ids before, see `Register.aliases`, is to be named by all.
+
     Removed in the order given, an interruption loses nothing: what is left is found again.
 
     Args:
@@ -59,6 +62,8 @@ def traces(store: Store, slides: Sequence[str]) -> list[Trace]:
     own = [trace for slide_id in slides for trace in _own(store.slide(slide_id))]
     named = [
         *_in_models(store, slides),
+        *_in_contents(store, slides),
+        *_in_duplicates(store, slides),
         *_in_register(store, slides),
         *_in_catalog(store, slides),
     ]
@@ -100,6 +105,9 @@ def still_known(
 
 def _own(folder: SlideFolder) -> Iterator[Trace]:
     """The slide's own files, all in one; nothing if there are none."""
+    if folder.path.is_symlink():
+        yield Trace(folder.path, "is a link, which is removed", partial(files.remove, folder.path))
+        return
     if not folder.path.is_dir():
         return
     foreign = set(_foreign(folder))
@@ -124,7 +132,7 @@ def _foreign(folder: SlideFolder) -> list[Path]:
         path
         for path in sorted(folder.path.iterdir())
         if not (
-            path.name in {layout.VERSIONS, layout.FAILURES}
+            path.name in {layout.VERSIONS, layout.FAILURES, layout.DUPLICATE}
             or path.name.startswith(".")
             or (path.name in outputs and folder.is_ours(path))
         )
@@ -133,7 +141,14 @@ def _foreign(folder: SlideFolder) -> list[Path]:
 
 def _of_many(store: Store) -> Iterator[Trace]:
     """What was drawn or measured of all slides."""
-    for path in (store.figures, store.report_path, evaluation_path(store), index_folder(store)):
+    for path in (
+        store.figures,
+        store.report_path,
+        evaluation_path(store),
+        index_folder(store),
+        store.arrivals_path,
+        store.annotations_seen_path,
+    ):
         if path == index_folder(store) and not slides_in_index(store):
             continue
         if path.exists():
@@ -161,10 +176,36 @@ def _in_register(store: Store, slides: Collection[str]) -> Iterator[Trace]:
             content = files.read_json(path)
             for slide_id in slides:
                 content["slides"].pop(slide_id, None)
+            aliases = content.get("aliases", {})
+            content["aliases"] = {a: s for a, s in aliases.items() if not {a, s} & {*slides}}
             files.write_json(path, content)
 
-    if path.is_file() and not Register(store).entries().keys().isdisjoint(slides):
+    known = [*Register(store).entries(), *Register(store).aliases()]
+    if path.is_file() and not set(slides).isdisjoint(known):
         yield Trace(path, "loses their entries", remove)
+
+
+def _in_contents(store: Store, slides: Collection[str]) -> Iterator[Trace]:
+    """Which slide has which content."""
+    found = [p for p in store.contents.glob("*/*") if p.read_text("utf-8") in slides]
+
+    def remove() -> None:
+        with Contents(store).locked():
+            for path in found:
+                files.remove(path)
+
+    if found:
+        yield Trace(store.contents, "loses their entries", remove)
+
+
+def _in_duplicates(store: Store, slides: Collection[str]) -> Iterator[Trace]:
+    """Files that were set aside as copies of one of the slides: nothing is left to copy."""
+    for slide_id in store.slide_ids():
+        folder = store.slide(slide_id)
+        told = folder.duplicate()
+        if told is not None and told["of"] in slides and slide_id not in slides:
+            path = folder.file(layout.DUPLICATE)
+            yield Trace(path, "is removed, so that it is computed itself", partial(_clear, path))
 
 
 def _in_catalog(store: Store, slides: Sequence[str]) -> Iterator[Trace]:

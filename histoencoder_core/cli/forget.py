@@ -29,7 +29,9 @@ def forget(
     """Remove slides' files, catalog rows, partitions and events, and tell what still knows them."""
     deployment = PlatformSettings()
     store = Store(input_dir or deployment.store)
-    entries = Register(store).entries()
+    entries, aliases = Register(store).entries(), Register(store).aliases()
+    slides = [aliases.get(slide_id, slide_id) for slide_id in slides]
+    slides += [alias for alias, slide_id in aliases.items() if slide_id in slides]
     found = traces(store, slides)
     if not found:
         typer.echo(f"{store.root}: holds nothing of {', '.join(slides)}.")

@@ -21,7 +21,8 @@ from histoencoder_core.forgetting import still_known, traces
 from histoencoder_core.report import FIGURES
 from histoencoder_core.report.umap_map import fit_umap
 from histoencoder_core.similar.index import tile_index
-from histoencoder_core.slides import Register
+from histoencoder_core.slides import FoundSlide, Register
+from histoencoder_core.slides.contents import Contents
 from histoencoder_core.store import Store
 
 GONE = "synthetic-02"
@@ -100,6 +101,25 @@ def test_a_model_is_not_taken_for_one_fitted_without_the_slide(grown: Store) -> 
     assert model.version == before.version
     assert all((model.centroids[k] == before.centroids[k]).all() for k in before.centroids)
     assert find_version(grown, model_stamp(feature_files(grown), model.settings)) is None
+
+
+def test_what_is_known_of_moved_and_copied_files_goes_too(grown: Store) -> None:
+    register, contents = Register(grown), Contents(grown)
+    entry = register.entries()[GONE]
+    register.moved("former-name", GONE, FoundSlide(Path(entry.path), entry.relative))
+    with contents.locked():
+        contents.claim("ab" * 32, GONE)
+    copy = grown.slide("a-copy")
+    copy.path.mkdir()
+    told = {"of": GONE, "of_signature": [1, 1], "path": "/scans/a-copy.tiff"}
+    copy.file("duplicate.json").write_text(json.dumps(told))
+    (grown.cohort / "arrivals.json").write_text(json.dumps({"absent": {GONE: 1.0}}))
+    (grown.cohort / "annotations_seen.json").write_text(json.dumps({GONE: "abc"}))
+    for trace in traces(grown, [GONE, "former-name"]):
+        trace.remove()
+    assert found_in(grown.root, [GONE, "former-name"]) == {}
+    assert copy.duplicate() is None
+    assert Register(grown).aliases() == {}
 
 
 def test_what_others_wrote_stays_and_is_told(grown: Store, tmp_path: Path) -> None:

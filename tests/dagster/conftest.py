@@ -25,8 +25,8 @@ from histoencoder_core.settings import (
 from histoencoder_core.store import Store
 from histoencoder_dagster.definitions import platform_definitions
 from histoencoder_dagster.jobs import STAGE_JOBS
-from histoencoder_dagster.partitions import SLIDES
-from histoencoder_dagster.sensors.batches import RANGE_END, RANGE_START, contiguous_batches
+from histoencoder_dagster.partitions import RANGE_END, RANGE_START, SLIDES
+from histoencoder_dagster.sensors.batches import contiguous_batches
 
 STAGES = ("slides", "tiles", "features", "clusters", "labels", "annotations")
 COHORT = (

@@ -108,7 +108,7 @@ def test_the_platform_goes_on_without_the_slide(platform):
         asset: platform.recorded(asset) for asset in ("slides", "tiles", "features", "clusters")
     }
     assert before["tiles"] == {"zz-one", GONE, "zz-two"}
-    slide = [GONE], [str(platform.settings.slides / f"{GONE}.tiff"), f"{GONE}.tiff"]
+    slide = [GONE], [str(platform.settings.slides[0] / f"{GONE}.tiff"), f"{GONE}.tiff"]
     assert found_in_dagster(instance, *slide)["partitions"] == 1
     told = forget_in_dagster(instance, *slide)
     assert {what for what, count in told.items() if count} >= {

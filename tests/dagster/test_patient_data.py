@@ -112,7 +112,7 @@ def write_ndpi(path, real):
 def platform(kept_deployment, test_data):
     """Slides of patients through all stages, with all that Dagster logs."""
     deployment = kept_deployment
-    slides = deployment.settings.slides
+    [slides] = deployment.settings.slides
     write_aperio(slides / "a.svs")
     write_vms(slides / "v.vms")
     write_ndpi(slides / "n.ndpi", next(test_data.glob("slides/*.ndpi")))
@@ -177,7 +177,7 @@ def web_server(deployment, home, log):
     command += ["-m", "histoencoder_dagster.definitions"]
     env = {k: v for k, v in os.environ.items() if not k.startswith("HISTOENCODER_")} | {
         "DAGSTER_HOME": str(home),
-        "HISTOENCODER_SLIDES": str(deployment.settings.slides),
+        "HISTOENCODER_SLIDES": str(deployment.settings.slides[0]),
         "HISTOENCODER_STORE": str(deployment.settings.store),
     }
     with log.open("wb") as output:

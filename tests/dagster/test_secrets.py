@@ -13,7 +13,7 @@ from searching import found_in
 
 from histoencoder_core.features import encoders, weights
 from histoencoder_core.settings import EncoderSettings
-from histoencoder_dagster.sensors import RANGE_END, RANGE_START
+from histoencoder_dagster.partitions import RANGE_END, RANGE_START
 
 PASSWORD, TOKEN = "s3cret-Pa55", "hf_" + "t0ken" * 6
 SMALL = "xcit_nano_12_p16_224"
