@@ -196,6 +196,8 @@ class SlideFolder:
             "at": round(time.time(), 3),
         }
         try:
+            if self.path.is_symlink():
+                raise OSError("its folder is a link")
             files.write_json(self.file(layout.FAILURES), {**self.failures(), stage: entry})
         except OSError as lost:  # such as a full disk, which may be the very failure
             log.warning("%s: its failure can't be written down (%s): %s", self.path, lost, reason)
@@ -246,8 +248,15 @@ class SlideFolder:
         """Make sure that no other program's files stand where a stage would write.
 
         Raises:
-            StoreError: Some do; the message names the first.
+            StoreError: Some do, and the message names the first; or the folder is a link, which
+                leads out of the store.
         """
+        for path in (self.path, self.path / layout.VERSIONS):
+            if path.is_symlink():
+                raise StoreError(
+                    f"{path}: is a link, and what is written there would land elsewhere. Put a "
+                    "folder in its place."
+                )
         names = (layout.RECORD[stage], *layout.COMPANIONS[stage])
         for name in names:
             path = self.file(name)
