@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from filelock import FileLock
-
 from histoencoder_core.annotate.evaluation import evaluation_path
 from histoencoder_core.clusters.model import models_of, strike_slides
 from histoencoder_core.cohort.catalog import forget_slides, slides_in_catalog
@@ -113,11 +111,12 @@ def _own(folder: SlideFolder) -> Iterator[Trace]:
     foreign = set(_foreign(folder))
 
     def remove() -> None:
-        for path in list(folder.path.iterdir()):
-            if path not in foreign:
-                files.remove(path)
-        if not foreign:
-            folder.path.rmdir()
+        with folder.locked():  # a stage that is at work on it ends first
+            for path in list(folder.path.iterdir()):
+                if path not in foreign:
+                    files.remove(path)
+            if not foreign:
+                folder.path.rmdir()
 
     if not foreign or any(path not in foreign for path in folder.path.iterdir()):
         yield Trace(folder.path, "is removed", remove)
@@ -158,8 +157,7 @@ def _of_many(store: Store) -> Iterator[Trace]:
 def _clear(path: Path) -> None:
     """Remove a file or folder of the cohort, with what is left of attempts to write it."""
     files.remove(path)
-    for left in path.parent.glob(f".{path.name}.*.tmp"):
-        files.remove(left)
+    files.sweep(path.parent, of=path.name)
 
 
 def _in_models(store: Store, slides: Collection[str]) -> Iterator[Trace]:
@@ -172,7 +170,7 @@ def _in_register(store: Store, slides: Collection[str]) -> Iterator[Trace]:
     path = store.register_path
 
     def remove() -> None:
-        with FileLock(path.with_suffix(".lock")):
+        with files.locked_to_write(path):
             content = files.read_json(path)
             for slide_id in slides:
                 content["slides"].pop(slide_id, None)

@@ -72,7 +72,9 @@ class SlideFolder:
         Raises:
             filelock.Timeout: Waiting was given up.
             OSError: The lock's file can't be written.
+            StoreError: The folder is a link, which leads out of the store.
         """
+        self._refuse_links()
         with files.locked(self.file(layout.LOCK), given_up=given_up) as held:
             if held:
                 for folder in (self.path, *self.path.glob(f"{layout.VERSIONS}/*/")):
@@ -251,12 +253,7 @@ class SlideFolder:
             StoreError: Some do, and the message names the first; or the folder is a link, which
                 leads out of the store.
         """
-        for path in (self.path, self.path / layout.VERSIONS):
-            if path.is_symlink():
-                raise StoreError(
-                    f"{path}: is a link, and what is written there would land elsewhere. Put a "
-                    "folder in its place."
-                )
+        self._refuse_links()
         names = (layout.RECORD[stage], *layout.COMPANIONS[stage])
         for name in names:
             path = self.file(name)
@@ -265,6 +262,14 @@ class SlideFolder:
                     f"{path}: was not written by this program, so it is left alone and the "
                     f"{stage} of {self.slide_id} can't be written. Move it away, or choose "
                     "another store."
+                )
+
+    def _refuse_links(self) -> None:
+        for path in (self.path, self.path / layout.VERSIONS):
+            if path.is_symlink():
+                raise StoreError(
+                    f"{path}: is a link, and what is written there would land elsewhere. Put a "
+                    "folder in its place."
                 )
 
     def is_ours(self, path: Path) -> bool:

@@ -16,8 +16,6 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from filelock import FileLock
-
 from histoencoder_core import __version__
 from histoencoder_core.errors import KINDS, StoreError
 from histoencoder_core.store import files, layout
@@ -46,18 +44,19 @@ def ensure_schema(root: Path) -> None:
         return
     if version < VERSION:
         try:
-            with FileLock(_record(root).with_suffix(".lock")):
-                version = read_version(root)  # another process may have done it meanwhile
-                while version is not None and version < VERSION:
-                    _MIGRATIONS[version](root)
-                    version += 1
-                    files.write_json(_record(root), {"version": version, "software": __version__})
+            _bring_up_to_date(root)
         except OSError as error:
-            log.warning(
-                "%s: is of schema version %s, not %s, and can't be brought up to date: %s",
-                root, version, VERSION, error,
-            )  # fmt: skip
+            log.warning("%s: its schema version can't be brought up to date: %s", root, error)
     _checked.add(root)
+
+
+def _bring_up_to_date(root: Path) -> None:
+    with files.locked_to_write(_record(root)):
+        version = read_version(root)  # another process may have done it meanwhile
+        while version is not None and version < VERSION:
+            _MIGRATIONS[version](root)
+            version += 1
+            files.write_json(_record(root), {"version": version, "software": __version__})
 
 
 def read_version(root: Path) -> int | None:

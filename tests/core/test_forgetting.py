@@ -39,8 +39,8 @@ def grown_once(cohort_store: Store, tmp_path_factory: pytest.TempPathFactory) ->
     FIGURES["composition"](store)
     (store.cohort / "report.html").write_text(f"<p>{GONE}</p>")
     (store.cohort / "evaluation.json").write_text(json.dumps({"slides": [GONE]}))
-    (store.cohort / ".catalog.duckdb.1-2.tmp").write_bytes(store.catalog_path.read_bytes())
-    (store.slide(GONE).path / ".tiles.1-2.tmp").mkdir()
+    (store.cohort / ".catalog.duckdb.1-0123abcd.tmp").write_bytes(store.catalog_path.read_bytes())
+    (store.slide(GONE).path / ".tiles.1-0123abcd.tmp").mkdir()
     return store
 
 
@@ -157,6 +157,7 @@ def test_a_name_that_leads_out_of_the_store_is_refused(grown: Store) -> None:
         traces(grown, ["../slides"])
 
 
+@pytest.mark.slow
 def test_the_command_line(grown: Store) -> None:
     env = {k: v for k, v in os.environ.items() if not k.startswith(("HISTOENCODER_", "DAGSTER"))}
     program = "from histoencoder_core.cli import main; main()"
