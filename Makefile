@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo ui test lint typecheck unit chaos mutants bench-catalog bench-extraction bench-clusters bench-similar bench-tissue clean
+.PHONY: help install demo ui test lint typecheck unit chaos mutants bench-catalog bench-extraction bench-clusters bench-similar bench-tissue audit clean
 
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -57,6 +57,10 @@ mutants: $(INSTALLED) ## Bring 1,000 damaged slides through the stages; SLIDES=<
 
 bench-tissue: $(INSTALLED) ## Measure how much ink passes for tissue; needs HISTOENCODER_TEST_DATA; BENCH=<more options>
 	$(BIN)/python benchmarks/tissue.py $(BENCH)
+
+audit: $(INSTALLED) ## Look up known vulnerabilities of the installed packages, over the network
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit
+	$(BIN)/python audit/run.py
 
 clean: ## Remove the environment and the demo
 	rm -rf $(VENV) demo

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from dataclasses import dataclass
 
 
@@ -62,6 +63,10 @@ KINDS: dict[str, FailureKind] = {
     "unexpected": FailureKind(transient=False, remedy="A fault of this program: please report it."),
 }
 """All kinds of failures by name. No tissue is none of them, but a result with a reason."""
+
+
+NOTHING_FOUND = 3
+"""Exit code of a program that was run to find something, and found nothing."""
 
 
 class HistoEncoderError(Exception):
@@ -152,3 +157,24 @@ def kind_of(error: BaseException) -> str:
     told = str(error)
     quoted = (kind for number, kind in _BY_ERRNO.items() if number and os.strerror(number) in told)
     return next(quoted, "unexpected")
+
+
+_SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+"""Environment variables whose values are never told."""
+
+
+def without_credentials(text: str) -> str:
+    """A text in which no address holds credentials, for logs and messages.
+
+    What stands before the ``@`` of an address goes, and so does what follows its ``?``, where
+    signed addresses have their signature; and the token of the hub, wherever it stands.
+
+    Example:
+        >>> without_credentials("https://me:pass@mirror/w.pth?sig=abc: HTTP Error 404")
+        'https://mirror/w.pth: HTTP Error 404'
+    """
+    for name in _SECRETS:
+        if secret := os.environ.get(name):
+            text = text.replace(secret, "***")
+    text = re.sub(r"//[^/\s]*@", "//", text)
+    return re.sub(r"(//[^\s?'\"]*)\?[^\s:'\"]*", r"\1", text)

@@ -12,7 +12,7 @@ import zipfile
 from pathlib import Path
 from textwrap import shorten
 
-from histoencoder_core.errors import HistoEncoderError
+from histoencoder_core.errors import HistoEncoderError, without_credentials
 from histoencoder_core.store.files import atomic_path
 
 TIMEOUT_SECONDS = 900
@@ -148,5 +148,5 @@ def _fault(stderr: str) -> str:
     causes = [line for line in lines if line.startswith("WARNING: Retrying")][-1:]
     errors = [line for line in lines if line.startswith("ERROR:")] or lines[-1:]
     told = "; ".join(re.sub(r"^(ERROR|WARNING): ", "", line) for line in causes + errors)
-    fault = shorten(re.sub(r"//[^/\s]*@", "//", told), 600).rstrip(".")
+    fault = shorten(without_credentials(told), 600).rstrip(".")
     return fault or "it gave no reason"

@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 Precision = Literal["float32", "float16", "bfloat16"]
@@ -249,7 +249,9 @@ class PlatformSettings(BaseSettings):
             given.
         sheet: The ``slides.csv``; ``<slides>/slides.csv`` if not given and there.
         weights: Folder of encoder weights, also the download cache.
-        weights_url: Mirror to fetch weights from before their published address.
+        weights_url: Mirror to fetch weights from before their published address; may hold a
+            ``user:password@``, which is never told.
+        weights_sha256: SHA-256 of the encoder's file of weights; any other file is refused.
         device: ``cpu``, ``cuda`` for any free GPU, ``cuda:N`` for one of them, or ``auto`` for a
             GPU where there is one.
         backend: What executes the encoder; ``auto`` is OpenVINO on a CPU and PyTorch's compiler on
@@ -277,7 +279,8 @@ class PlatformSettings(BaseSettings):
     annotations: Path | None = None
     sheet: Path | None = None
     weights: Path = Path("~/.cache/histoencoder")
-    weights_url: str | None = None
+    weights_url: SecretStr | None = None
+    weights_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     backend: Literal["auto", Backend] = "auto"
     batch_size: int | None = Field(default=None, ge=1)
@@ -317,6 +320,11 @@ class PlatformSettings(BaseSettings):
             return self.sheet
         beside = self.slides[0] / "slides.csv"
         return beside if beside.is_file() else None
+
+    @property
+    def weights_mirror(self) -> str | None:
+        """The mirror's address, with its password."""
+        return None if self.weights_url is None else self.weights_url.get_secret_value()
 
     @property
     def weights_folder(self) -> Path:

@@ -21,9 +21,9 @@ from histoencoder_core.demo import fetch_cmu_small_region, make_synthetic_cohort
 from histoencoder_core.errors import HistoEncoderError
 from histoencoder_core.settings import PlatformSettings
 from histoencoder_core.store import Store, layout
-from histoencoder_dagster.partitions import SLIDES
+from histoencoder_dagster.partitions import RANGE_END, RANGE_START, SLIDES
 from histoencoder_dagster.resources import Platform
-from histoencoder_dagster.sensors.batches import RANGE_END, RANGE_START, contiguous_batches
+from histoencoder_dagster.sensors.batches import contiguous_batches
 
 ENCODER = "pathmnist_densenet121"
 SYNTHETIC_SLIDES = 6

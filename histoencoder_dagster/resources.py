@@ -77,7 +77,10 @@ class Platform:
 
         asked = self.settings
         encoder = load_encoder(
-            asked.encoder, weights_folder=asked.weights_folder, weights_url=asked.weights_url
+            asked.encoder,
+            weights_folder=asked.weights_folder,
+            weights_url=asked.weights_mirror,
+            weights_sha256=asked.weights_sha256,
         )
         return Runner(
             encoder, device=asked.device, backend=asked.backend, batch_size=asked.batch_size

@@ -10,7 +10,7 @@ import typer
 from pydantic import ValidationError
 
 from histoencoder_core import __version__
-from histoencoder_core.cli import annotate, cohort, report, similar, stages
+from histoencoder_core.cli import annotate, cohort, forget, report, similar, stages
 from histoencoder_core.errors import HistoEncoderError
 
 app = typer.Typer(
@@ -45,6 +45,7 @@ app.add_typer(similar.show, name="show")
 app.command("report")(report.report)
 app.command("encoders")(cohort.encoders)
 app.command("prune")(cohort.prune)
+app.command("forget")(forget.forget)
 app.command("demo")(cohort.demo)
 
 

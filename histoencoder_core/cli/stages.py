@@ -274,7 +274,10 @@ def extract(
     from histoencoder_core.features import Runner, extract_slides, load_encoder  # takes seconds
 
     encoder = load_encoder(
-        settings, weights_folder=deployment.weights_folder, weights_url=deployment.weights_url
+        settings,
+        weights_folder=deployment.weights_folder,
+        weights_url=deployment.weights_mirror,
+        weights_sha256=deployment.weights_sha256,
     )
     if encoder.untrained:
         typer.secho(

@@ -7,7 +7,9 @@ that new slides are assigned with and is replaced in one step.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,9 @@ VERSION_LENGTH = 12
 
 NUMBERED_AFTER = "numbered_after"
 """In `Stamp.made_from`: the version whose numbers the clusters were given, if any."""
+
+STRUCK = "struck_off"
+"""In `Stamp.made_from`: number of slides it was fitted on whose names were taken off it."""
 
 MATCH_FIELDS = (
     pa.field("previous_cluster", pa.int32()),
@@ -229,6 +234,40 @@ def find_version(store: Store, stamp: Stamp) -> str | None:
 def model_versions(store: Store) -> list[str]:
     """All versions at hand, sorted by name."""
     return sorted(path.stem for path in store.cluster_models.glob("*.parquet"))
+
+
+def models_of(store: Store, slides: Collection[str]) -> list[Path]:
+    """The files of all versions that name one of some slides among those they were fitted on."""
+    paths = (store.cluster_models / f"{version}.parquet" for version in model_versions(store))
+    stamps = {path: read_stamp(path) for path in paths}
+    return [
+        path
+        for path, stamp in stamps.items()
+        if stamp is not None and not set(slides).isdisjoint(stamp.made_from["features"])
+    ]
+
+
+def strike_slides(path: Path, slides: Collection[str]) -> None:
+    """Take slides off the list of those that a version was fitted on.
+
+    Its centroids, to which they have contributed, and its name stay. It counts the slides that were
+    struck off, so that it is never taken for a model that was fitted without them.
+
+    Args:
+        path: The version's file.
+        slides: Ids of the slides.
+    """
+    stamp = read_stamp(path)
+    assert stamp is not None
+    seen = stamp.made_from["features"]
+    kept = {name: print_ for name, print_ in seen.items() if name not in slides}
+    struck = stamp.made_from.get(STRUCK, 0) + len(seen) - len(kept)
+    told = stamp.model_copy(
+        update={"made_from": {**stamp.made_from, "features": kept, STRUCK: struck}}
+    )
+    table = pq.read_table(path, partitioning=None)
+    with files.atomic_path(path) as temporary:
+        pq.write_table(told.on_table(table), temporary, compression="zstd")
 
 
 def _remedy(store: Store) -> str:

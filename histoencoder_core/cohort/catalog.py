@@ -169,6 +169,50 @@ def _told(store: Store, read: int, started: float) -> CatalogSummary:
         )
 
 
+def forget_slides(store: Store, slides: Sequence[str]) -> None:
+    """Take slides out of the catalog, for good.
+
+    The file is written from scratch, so that no free page of it holds their rows, and whatever a
+    refresh left that was killed goes too. A catalog that is damaged, or was made by another
+    release, is removed: the next refresh makes it again.
+
+    Args:
+        store: The store.
+        slides: Their ids.
+    """
+    path = store.catalog_path
+    with files.locked_to_write(path):
+        try:
+            with attached(store) as connection:
+                n_clusters = database.numbers_of_clusters(connection)
+            with files.atomic_path(path) as temporary:
+                shutil.copyfile(path, temporary)
+                with database.opened(temporary) as connection:
+                    connection.begin()
+                    database.remove_slides(connection, slides)
+                    _take_in_statistics(store, connection)
+                    connection.execute(database.script("cluster_purity", n_clusters))
+                    connection.commit()
+                _write_anew(store, temporary, n_clusters)
+        except duckdb.Error as error:
+            log.warning("%s: can't be changed (%s); it is removed.", path, error)
+            files.remove(path)
+
+
+def slides_in_catalog(store: Store, slides: Sequence[str]) -> list[str]:
+    """Which of some slides the published catalog knows; all, if it can't be read."""
+    if not store.catalog_path.exists():
+        return []
+    try:
+        with attached(store) as connection:
+            known = connection.execute(
+                "SELECT slide FROM internal.sources WHERE list_contains($1, slide)", [list(slides)]
+            ).fetchall()
+    except duckdb.Error:
+        return list(slides)
+    return [slide for (slide,) in known]
+
+
 def publish_catalog(store: Store, **asked: Any) -> CatalogSummary:
     """Bring the catalog up to date, and the statistics that it takes in.
 
@@ -256,7 +300,7 @@ class _Refresh:
                 if before is not None and before.cohort[1] != labels:
                     self._tell_annotations_anew(connection)
                 self._add_models(connection, versions)
-                self._take_in_statistics(connection)
+                _take_in_statistics(self.store, connection)
                 self._take_in_arrived(connection)
                 connection.execute(database.script("cluster_purity", self.n_clusters))
                 connection.execute("DELETE FROM internal.state")
@@ -265,7 +309,7 @@ class _Refresh:
                 connection.execute("INSERT INTO internal.state VALUES (?, ?, ?, ?, ?, ?)", state)
                 connection.commit()
             if before is not None and temporary.stat().st_size > GROWN * before.size:
-                self._write_anew(temporary)
+                _write_anew(self.store, temporary, self.n_clusters)
             if before is None:
                 _note_size(temporary)
         return len(changed)
@@ -374,29 +418,6 @@ class _Refresh:
                     )
                 database.insert(connection, "cluster_matches", matches)
 
-    def _take_in_statistics(self, connection: duckdb.DuckDBPyConnection) -> None:
-        """Take in what was computed of the data that are counted now, and nothing else."""
-        stamp, data = self.statistics, counted_fingerprint(connection)
-        row: dict[str, Any] = {"state": "missing"}
-        if stamp is not None:
-            current = stamp.made_from["data"] == data
-            row = {
-                "state": "current" if current else "stale",
-                "replicates": stamp.made_from["replicates"],
-                "seed": stamp.made_from["seed"],
-                "labelled_slides": stamp.result["labelled_slides"],
-                "labelled_tiles": stamp.result["labelled_tiles"],
-                "fingerprint": stamp.fingerprint,
-            }
-        before = connection.execute("SELECT state, fingerprint FROM statistics").fetchall()
-        if before == [(row["state"], row.get("fingerprint"))]:
-            return
-        connection.execute("DELETE FROM statistics")
-        connection.execute("DELETE FROM purity_replicates")
-        if row["state"] == "current":
-            database.insert(connection, "purity_replicates", read_replicates(self.store))
-        database.insert(connection, "statistics", pa.Table.from_pylist([row]))
-
     def _take_in_arrived(self, connection: duckdb.DuckDBPyConnection) -> None:
         """Take in files that are no slides yet, and slides whose file is gone."""
         connection.execute(
@@ -410,22 +431,47 @@ class _Refresh:
         for slide_id, since in self.arrived.absent.items():
             connection.execute("INSERT INTO absent VALUES (?, ?)", [slide_id, since])
 
-    def _write_anew(self, path: Path) -> None:
-        """Write a catalog from scratch with the rows that it has."""
-        anew = files.temporary_name(self.store.catalog_path)
-        try:
-            with database.opened(anew) as connection:
-                connection.begin()
-                database.create(connection, self.n_clusters)
-                source = str(path).replace("'", "''")
-                connection.execute(f"ATTACH '{source}' AS grown (READ_ONLY)")
-                database.copy_tables(connection, "grown")
-                connection.execute(database.script("cluster_purity", self.n_clusters))
-                connection.commit()
-            _note_size(anew)
-            anew.replace(path)
-        finally:
-            files.remove(anew)
+
+def _take_in_statistics(store: Store, connection: duckdb.DuckDBPyConnection) -> None:
+    """Take in what was computed of the data that are counted now, and nothing else."""
+    stamp, data = read_statistics(store), counted_fingerprint(connection)
+    row: dict[str, Any] = {"state": "missing"}
+    if stamp is not None:
+        current = stamp.made_from["data"] == data
+        row = {
+            "state": "current" if current else "stale",
+            "replicates": stamp.made_from["replicates"],
+            "seed": stamp.made_from["seed"],
+            "labelled_slides": stamp.result["labelled_slides"],
+            "labelled_tiles": stamp.result["labelled_tiles"],
+            "fingerprint": stamp.fingerprint,
+        }
+    before = connection.execute("SELECT state, fingerprint FROM statistics").fetchall()
+    if before == [(row["state"], row.get("fingerprint"))]:
+        return
+    connection.execute("DELETE FROM statistics")
+    connection.execute("DELETE FROM purity_replicates")
+    if row["state"] == "current":
+        database.insert(connection, "purity_replicates", read_replicates(store))
+    database.insert(connection, "statistics", pa.Table.from_pylist([row]))
+
+
+def _write_anew(store: Store, path: Path, n_clusters: Sequence[int]) -> None:
+    """Write a catalog from scratch with the rows that it has."""
+    anew = files.temporary_name(store.catalog_path)
+    try:
+        with database.opened(anew) as connection:
+            connection.begin()
+            database.create(connection, n_clusters)
+            source = str(path).replace("'", "''")
+            connection.execute(f"ATTACH '{source}' AS grown (READ_ONLY)")
+            database.copy_tables(connection, "grown")
+            connection.execute(database.script("cluster_purity", n_clusters))
+            connection.commit()
+        _note_size(anew)
+        anew.replace(path)
+    finally:
+        files.remove(anew)
 
 
 def _note_size(path: Path) -> None:

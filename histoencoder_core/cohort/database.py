@@ -91,6 +91,12 @@ def create(connection: duckdb.DuckDBPyConnection, n_clusters: Sequence[int]) -> 
         connection.execute(script(name, n_clusters))
 
 
+def numbers_of_clusters(connection: duckdb.DuckDBPyConnection) -> list[int]:
+    """Each K that a catalog's table of tiles has a column for, rising."""
+    names = [row[0] for row in connection.execute("DESCRIBE tiles").fetchall()]
+    return sorted(int(name[1:]) for name in names if re.fullmatch(r"k\d+", name))
+
+
 def insert(connection: duckdb.DuckDBPyConnection, table: str, rows: pa.Table) -> None:
     """Insert rows by the names of their columns; columns they lack are NULL."""
     connection.register("incoming", rows)

@@ -15,7 +15,6 @@ takes it in only while it has the same.
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ import pyarrow.parquet as pq
 from scipy.sparse import coo_array
 from scipy.stats import random_table
 
+from histoencoder_core.cohort.database import numbers_of_clusters
 from histoencoder_core.cohort.query import attached
 from histoencoder_core.settings import fingerprint
 from histoencoder_core.store import Stamp, Store, files
@@ -153,7 +153,7 @@ _Drawn = Iterator[tuple[str, int, Ints]]
 
 def _read(connection: duckdb.DuckDBPyConnection) -> _Labelled:
     """Read the labelled tiles that count, in an order that is always the same."""
-    ks = [int(name[1:]) for name in _columns(connection)]
+    ks = numbers_of_clusters(connection)
     columns = "".join(f", t.k{k}" for k in ks)
     known = "".join(f" AND t.k{k} IS NOT NULL" for k in ks)
     # Numbers take a fraction of the memory that names take.
@@ -178,12 +178,6 @@ def _read(connection: duckdb.DuckDBPyConnection) -> _Labelled:
     starts = np.flatnonzero(np.diff(slides, prepend=-1, append=-1))
     clusters = {k: table.column(f"k{k}").to_numpy() for k in ks}
     return _Labelled(labels, int(labels.max(initial=0)) + 1, starts, clusters)
-
-
-def _columns(connection: duckdb.DuckDBPyConnection) -> list[str]:
-    """The columns of the table of tiles that hold clusters."""
-    names = [row[0] for row in connection.execute("DESCRIBE tiles").fetchall()]
-    return [name for name in names if re.fullmatch(r"k\d+", name)]
 
 
 def _bootstrap(labelled: _Labelled, replicates: int, rng: np.random.Generator) -> _Drawn:

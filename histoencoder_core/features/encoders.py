@@ -11,7 +11,7 @@ import torch
 from timm.data.config import resolve_model_data_config
 from timm.models.xcit import Xcit
 
-from histoencoder_core.errors import SettingsError, WeightsError
+from histoencoder_core.errors import SettingsError, WeightsError, without_credentials
 from histoencoder_core.features import hub, weights
 from histoencoder_core.features.pathmnist import build_densenet121, fetch_capricorn
 from histoencoder_core.features.xcit import check_num_blocks, extract_features
@@ -138,6 +138,7 @@ def load_encoder(
     *,
     weights_folder: Path | None = None,
     weights_url: str | None = None,
+    weights_sha256: str | None = None,
 ) -> Encoder:
     """Build an encoder and load its weights.
 
@@ -145,6 +146,7 @@ def load_encoder(
         settings: Which encoder.
         weights_folder: Folder of weights and download cache; the deployment's if not given.
         weights_url: Mirror tried before the published address.
+        weights_sha256: SHA-256 of the file of weights, if another one is to be refused.
 
     Returns:
         The encoder, on the CPU.
@@ -161,7 +163,10 @@ def load_encoder(
     size_asked = settings.input_size or known.input_size
     sized: dict[str, Any] = {"img_size": size_asked} if size_asked else {}
     if name in ARCHITECTURES:
-        module = _prostate(name, sized, folder, weights_url)
+        path = weights.prostate_weights(
+            name, folder=folder, mirror=weights_url, expected_sha256=weights_sha256
+        )
+        module = _prostate(name, sized, path)
         size, (mean, std) = 224, _IMAGENET
     elif name == PATHMNIST:
         module = build_densenet121(fetch_capricorn(folder))
@@ -172,9 +177,15 @@ def load_encoder(
             module = _create(name.removeprefix(UNTRAINED), sized)
         size, mean, std = _data_config(module)
     elif name.startswith(TIMM) and (local := weights.local_weights(name, folder)) is not None:
+        weights.check_sha256(local, weights_sha256)
         module = _from_file(name.removeprefix(TIMM), sized, local)
         size, mean, std = _data_config(module)
     elif name.startswith((TIMM, HUB)):
+        if weights_sha256 is not None:
+            raise SettingsError(
+                f"{name} comes from the hub, whose files HISTOENCODER_WEIGHTS_SHA256 does not "
+                "check. Pin its revision (name@commit), or put a file into the folder of weights."
+            )
         module = _from_hub(name, {**known.keywords, **sized}, folder)
         size, mean, std = _data_config(module)
         size, (mean, std) = known.input_size or size, known.normalisation or (mean, std)
@@ -182,7 +193,7 @@ def load_encoder(
         names = ", ".join(encoder_names())
         hint = f" Write {HUB}, not hf_hub:." if name.startswith("hf_hub:") else ""
         raise SettingsError(f"There is no encoder {name!r}.{hint} Choose from: {names}.")
-    weights_sha256 = weights.state_dict_sha256(module)
+    loaded_sha256 = weights.state_dict_sha256(module)
     if isinstance(module, Xcit):
         try:
             check_num_blocks(module, settings.num_blocks)
@@ -203,7 +214,7 @@ def load_encoder(
         input_size=input_size,
         mean=mean,
         std=std,
-        weights_sha256=weights_sha256,
+        weights_sha256=loaded_sha256,
         length=_length(module, input_size, name),
         native_size=size,
     )
@@ -219,7 +230,13 @@ def create_prostate_encoder(name: str) -> torch.nn.Module:
         WeightsError: The weights can't be had.
     """
     deployment = PlatformSettings()
-    return _prostate(name, {}, deployment.weights_folder, deployment.weights_url)
+    path = weights.prostate_weights(
+        name,
+        folder=deployment.weights_folder,
+        mirror=deployment.weights_mirror,
+        expected_sha256=deployment.weights_sha256,
+    )
+    return _prostate(name, {}, path)
 
 
 def _length(module: torch.nn.Module, input_size: int, name: str) -> int:
@@ -233,10 +250,7 @@ def _length(module: torch.nn.Module, input_size: int, name: str) -> int:
     return int(shape[1])
 
 
-def _prostate(
-    name: str, sized: dict[str, Any], folder: Path, weights_url: str | None
-) -> torch.nn.Module:
-    path = weights.prostate_weights(name, folder=folder, mirror=weights_url)
+def _prostate(name: str, sized: dict[str, Any], path: Path) -> torch.nn.Module:
     module = _create(ARCHITECTURES[name], sized)
     weights.load_into(module, path, ignore=("head.",))
     return module
@@ -285,7 +299,8 @@ def _from_hub(name: str, arguments: dict[str, Any], folder: Path) -> torch.nn.Mo
     except SettingsError:
         raise
     except Exception as error:  # the hub's client raises many kinds
-        problem = " ".join(f"{type(error).__name__}: {error}".split())[:600]
+        told = without_credentials(f"{type(error).__name__}: {error}")
+        problem = " ".join(told.split())[:600]
         if isinstance(error, _MISFITS) and "No pretrained weights" not in problem:
             raise WeightsError(
                 f"The weights of {name} do not fit the network of its configuration ({problem}). "

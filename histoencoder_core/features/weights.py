@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import http.client
 import logging
 import shutil
+import urllib.parse
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +15,8 @@ from typing import Any
 
 import torch
 
-from histoencoder_core.errors import WeightsError
+from histoencoder_core.errors import WeightsError, without_credentials
+from histoencoder_core.pip_wheel import sha256
 from histoencoder_core.store.files import atomic_path, locked_to_write
 
 log = logging.getLogger(__name__)
@@ -28,22 +31,28 @@ TIMEOUT_SECONDS = 30
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
 
-def prostate_weights(name: str, *, folder: Path, mirror: str | None = None) -> Path:
+def prostate_weights(
+    name: str, *, folder: Path, mirror: str | None = None, expected_sha256: str | None = None
+) -> Path:
     """Find or fetch the weights of a HistoEncoder model.
 
     Args:
         name: ``prostate_small`` or ``prostate_medium``.
         folder: Folder of weights; what is fetched is kept there.
-        mirror: Address under which ``<name>.pth`` is tried before the published one.
+        mirror: Address under which ``<name>.pth`` is tried before the published one. It may hold
+            ``user:password@``.
+        expected_sha256: SHA-256 of the file, if another one is to be refused.
 
     Returns:
         The path of the weights.
 
     Raises:
-        WeightsError: They are nowhere to be had; the message says what to put where.
+        WeightsError: They are nowhere to be had, and the message says what to put where; or what
+            is at hand is another file.
     """
     local = local_weights(name, folder)
     if local is not None:
+        check_sha256(local, expected_sha256)
         return local
     target = folder / f"{name}.pth"
     addresses = [f"{mirror.rstrip('/')}/{name}.pth"] if mirror else []
@@ -51,9 +60,9 @@ def prostate_weights(name: str, *, folder: Path, mirror: str | None = None) -> P
     failures = []
     for address in addresses:
         try:
-            _download(address, target)
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            failures.append(f"{address}: {error}")
+            _download(address, target, expected_sha256)
+        except (OSError, http.client.HTTPException, ValueError, WeightsError) as error:
+            failures.append(without_credentials(f"{address}: {error}"))
         else:
             return target
     raise WeightsError(
@@ -74,6 +83,23 @@ def local_weights(name: str, folder: Path) -> Path | None:
     stem = file_stem(name)
     found = (folder / f"{stem}{suffix}" for suffix in _SUFFIXES)
     return next((path for path in found if path.is_file()), None)
+
+
+def check_sha256(path: Path, expected: str | None) -> None:
+    """Make sure that a file is the expected one, if one is expected.
+
+    Args:
+        path: The file.
+        expected: Its SHA-256 in 64 hexadecimal digits; any file will do if None.
+
+    Raises:
+        WeightsError: It is another file.
+    """
+    if expected is not None and (found := sha256(path)) != expected:
+        raise WeightsError(
+            f"{path}: is not the file of weights that is expected: its SHA-256 is {found}, not "
+            f"{expected}. Remove it, or correct HISTOENCODER_WEIGHTS_SHA256."
+        )
 
 
 def file_stem(name: str) -> str:
@@ -160,21 +186,36 @@ def state_dict_sha256(module: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _download(address: str, target: Path) -> None:
-    if not address.startswith(("http://", "https://", "file://")):
-        raise ValueError("not an http, https or file address")
+def _download(address: str, target: Path, expected: str | None) -> None:
+    request = _request(address)
     with locked_to_write(target):
         if target.is_file():  # another process was faster
+            check_sha256(target, expected)
             return
-        log.info("fetching %s", address)
+        log.info("fetching %s", without_credentials(address))
         with (
-            urllib.request.urlopen(address, timeout=TIMEOUT_SECONDS) as response,  # noqa: S310
+            urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response,  # noqa: S310
             atomic_path(target) as temporary,
-            temporary.open("wb") as file,
         ):
             if response.headers.get_content_type() == "text/html":
                 raise OSError("the answer is a web page, not a file of weights")
-            shutil.copyfileobj(response, file)
-            expected = response.headers.get("Content-Length")
-            if expected is not None and file.tell() != int(expected):
-                raise OSError(f"got {file.tell()} of {expected} bytes")
+            with temporary.open("wb") as file:
+                shutil.copyfileobj(response, file)
+            size, announced = temporary.stat().st_size, response.headers.get("Content-Length")
+            if announced is not None and size != int(announced):
+                raise OSError(f"got {size} of {announced} bytes")
+            check_sha256(temporary, expected)
+
+
+def _request(address: str) -> urllib.request.Request:
+    """Ask for an address whose user and password go into a header."""
+    parts = urllib.parse.urlsplit(address)
+    if parts.scheme not in {"http", "https", "file"}:
+        raise ValueError("not an http, https or file address")
+    user, _, host = parts.netloc.rpartition("@")
+    request = urllib.request.Request(parts._replace(netloc=host).geturl())  # noqa: S310
+    if user:
+        pair = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
+        # A redirect may lead to another host, which must not get the password.
+        request.add_unredirected_header("Authorization", f"Basic {pair}")
+    return request

@@ -106,7 +106,7 @@ def tile_index(
     index = _opened(store, stamp, files)
     if index is not None:
         return index
-    folder = _folder(store)
+    folder = index_folder(store)
     folder.mkdir(parents=True, exist_ok=True)
     with locked_to_write(folder):
         # Another process may have made it meanwhile.
@@ -118,8 +118,15 @@ def tile_index(
     return index
 
 
-def _folder(store: Store) -> Path:
+def index_folder(store: Store) -> Path:
+    """The folder of the index."""
     return store.cohort / "index"
+
+
+def slides_in_index(store: Store) -> set[str]:
+    """Ids of the slides whose tiles are in the index; none if there is no index."""
+    stamp = read_stamp(index_folder(store) / _RECORD)
+    return set() if stamp is None else set(stamp.made_from["features"])
 
 
 def _require_faiss(tiles: int) -> None:
@@ -146,7 +153,7 @@ def _stamp(files: Sequence[FeatureFile]) -> Stamp:
 
 def _opened(store: Store, stamp: Stamp, files: Sequence[FeatureFile]) -> TileIndex | None:
     """The index at hand; None if there is none of these features."""
-    record = _folder(store) / _RECORD
+    record = index_folder(store) / _RECORD
     present = read_stamp(record)
     if present is None or present.fingerprint != stamp.fingerprint:
         return None
@@ -171,7 +178,7 @@ def _opened(store: Store, stamp: Stamp, files: Sequence[FeatureFile]) -> TileInd
 
 
 def _path(store: Store, stamp: Stamp) -> Path:
-    return _folder(store) / f"{stamp.fingerprint[:12]}.faiss"
+    return index_folder(store) / f"{stamp.fingerprint[:12]}.faiss"
 
 
 def _make(
@@ -182,7 +189,7 @@ def _make(
 
     started = time.perf_counter()
     tiles = sum(file.tiles for file in files)
-    record = _folder(store) / _RECORD
+    record = index_folder(store) / _RECORD
     library, kept, learnt = _kept(store, files)
     if library is None:
         tell(f"Making the index of {tiles:,} tiles, once; this takes minutes for millions.")
@@ -214,7 +221,7 @@ def _make(
     }
     with atomic_path(record) as temporary:
         pq.write_table(stamp.with_result(**result).on_table(table), temporary, compression="zstd")
-    for other in _folder(store).glob("*.faiss"):
+    for other in index_folder(store).glob("*.faiss"):
         if other != path:
             remove(other)
 
@@ -229,7 +236,7 @@ def _kept(store: Store, files: Sequence[FeatureFile]) -> tuple[Any, dict[str, ra
     import faiss
 
     nothing: tuple[Any, dict[str, range], int] = (None, {}, 0)
-    record = _folder(store) / _RECORD
+    record = index_folder(store) / _RECORD
     stamp = read_stamp(record)
     if (
         stamp is None

@@ -111,6 +111,12 @@ def describing(folder: SlideFolder, found: FoundSlide, row: SheetRow) -> Iterato
     sheet = sheet_inputs(row)
     inputs: dict[str, Any] = {"path": str(found.path), "relative_path": found.relative}
     try:
+        if not files.is_text(str(found.path)):
+            told = str(found.path).encode("utf-8", "backslashreplace").decode()
+            raise SlideError(
+                f"{told}: its name, or that of a folder it is in, is not UTF-8. Rename it.",
+                kind="unsupported",
+            )
         try:
             inputs["size"], inputs["mtime_ns"] = signature(found.path)
         except FileNotFoundError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -212,7 +213,7 @@ def new_id(slide: FoundSlide, taken: set[str]) -> str:
     stem = plain_id(slide.path)
     if stem.casefold() not in taken:
         return stem
-    digest = hashlib.sha256(slide.relative.encode()).hexdigest()
+    digest = hashlib.sha256(os.fsencode(slide.relative)).hexdigest()
     for length in range(_HASH_LENGTH, len(digest) + 1):
         slide_id = f"{stem[: _ID_LENGTH - length - 1]}-{digest[:length]}"
         if slide_id.casefold() not in taken:

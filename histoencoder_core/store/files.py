@@ -162,9 +162,25 @@ def remove(path: Path) -> None:
 
 def write_json(path: Path, content: Any, *, indent: int | None = 2) -> None:
     """Write JSON atomically, readable by people unless `indent` is None."""
+    text = json.dumps(content, indent=indent, ensure_ascii=False)
+    if not is_text(text):
+        text = json.dumps(content, indent=indent)
     with atomic_path(path) as temporary:
-        text = json.dumps(content, indent=indent, ensure_ascii=False)
         temporary.write_text(f"{text}\n", "utf-8")
+
+
+def is_text(name: str) -> bool:
+    r"""Whether a file's name is text: on Linux it may be any bytes, and Python keeps them apart.
+
+    Example:
+        >>> is_text("ä.svs"), is_text(os.fsdecode(b"\xe4.svs"))
+        (True, False)
+    """
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_json(path: Path) -> Any:

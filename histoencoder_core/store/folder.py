@@ -72,7 +72,9 @@ class SlideFolder:
         Raises:
             filelock.Timeout: Waiting was given up.
             OSError: The lock's file can't be written.
+            StoreError: The folder is a link, which leads out of the store.
         """
+        self._refuse_links()
         with files.locked(self.file(layout.LOCK), given_up=given_up) as held:
             if held:
                 for folder in (self.path, *self.path.glob(f"{layout.VERSIONS}/*/")):
@@ -196,6 +198,8 @@ class SlideFolder:
             "at": round(time.time(), 3),
         }
         try:
+            if self.path.is_symlink():
+                raise OSError("its folder is a link")
             files.write_json(self.file(layout.FAILURES), {**self.failures(), stage: entry})
         except OSError as lost:  # such as a full disk, which may be the very failure
             log.warning("%s: its failure can't be written down (%s): %s", self.path, lost, reason)
@@ -246,19 +250,30 @@ class SlideFolder:
         """Make sure that no other program's files stand where a stage would write.
 
         Raises:
-            StoreError: Some do; the message names the first.
+            StoreError: Some do, and the message names the first; or the folder is a link, which
+                leads out of the store.
         """
+        self._refuse_links()
         names = (layout.RECORD[stage], *layout.COMPANIONS[stage])
         for name in names:
             path = self.file(name)
-            if path.exists() and not self._is_ours(path):
+            if path.exists() and not self.is_ours(path):
                 raise StoreError(
                     f"{path}: was not written by this program, so it is left alone and the "
                     f"{stage} of {self.slide_id} can't be written. Move it away, or choose "
                     "another store."
                 )
 
-    def _is_ours(self, path: Path) -> bool:
+    def _refuse_links(self) -> None:
+        for path in (self.path, self.path / layout.VERSIONS):
+            if path.is_symlink():
+                raise StoreError(
+                    f"{path}: is a link, and what is written there would land elsewhere. Put a "
+                    "folder in its place."
+                )
+
+    def is_ours(self, path: Path) -> bool:
+        """Whether a file or folder that has the name of a stage's output was written by us."""
         if path.is_dir():
             return not any(path.iterdir()) or _print_of(path) is not None
         if path.suffix == ".jpeg":

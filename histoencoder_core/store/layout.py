@@ -37,6 +37,7 @@ TILES_CSV = "tiles.csv"
 
 COHORT = "_cohort"
 REGISTER = "register.json"
+SCHEMA = "store.json"
 
 RECORD: dict[Stage, str] = {
     "slides": PROPERTIES,

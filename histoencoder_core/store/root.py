@@ -10,6 +10,7 @@ from histoencoder_core.errors import StoreError
 from histoencoder_core.store import files, layout
 from histoencoder_core.store.folder import SlideFolder
 from histoencoder_core.store.layout import Stage
+from histoencoder_core.store.schema import ensure_schema
 
 
 class Store:
@@ -20,7 +21,13 @@ class Store:
     """
 
     def __init__(self, root: Path | str) -> None:
+        """Open a store, which need not exist yet.
+
+        Raises:
+            StoreError: It was made by a newer version of this program.
+        """
         self.root = Path(root).resolve()
+        ensure_schema(self.root)
 
     def slide(self, slide_id: str) -> SlideFolder:
         """The folder of a slide.

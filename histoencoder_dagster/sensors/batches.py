@@ -14,10 +14,7 @@ import dagster as dg
 from dagster import DagsterRunStatus, RunsFilter
 
 from histoencoder_core.store.failures import FIRST_WAIT, LONGEST_WAIT, due_again
-
-RANGE_START = "dagster/asset_partition_range_start"
-RANGE_END = "dagster/asset_partition_range_end"
-PARTITION = "dagster/partition"
+from histoencoder_dagster.partitions import PARTITION, RANGE_END, RANGE_START
 
 LOOKING_SECONDS = 2.0
 """Time that a tick may read slides' folders in. After a restart it takes several ticks to have read

@@ -346,3 +346,36 @@ def test_a_file_that_can_not_be_resized(tmp_path: Path, caplog: pytest.LogCaptur
     put(tmp_path, "test_vit_relpos", {**module.state_dict(), "more": torch.zeros(1)})
     with pytest.raises(WeightsError, match=r"than 96 px: .* leave the input size out"):
         load("timm:test_vit_relpos", tmp_path, input_size=96)
+
+
+def test_code_in_a_file_from_the_hub_is_not_run(fake_hub: Hub, tmp_path: Path) -> None:
+    module, ran = network(), tmp_path / "ran"
+    name = fake_hub.publish("org/evil", module.state_dict(), img_size=32)
+    (safe,) = fake_hub.folder.rglob("model.safetensors")
+    safe.unlink()
+
+    class Payload:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (ran,)
+
+    torch.save({**module.state_dict(), "extra": Payload()}, safe.with_name("pytorch_model.bin"))
+    with pytest.raises(WeightsError):
+        load(name, tmp_path)
+    assert not ran.exists()
+
+
+def test_a_token_is_not_told_when_the_hub_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = "hf_" + "t0ken" * 6
+    monkeypatch.setenv("HF_TOKEN", token)
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise OSError(f"401 for https://me:pw@hub/api?x=1 with {token}")
+
+    monkeypatch.setattr(encoders.timm, "create_model", refuse)
+    with pytest.raises(WeightsError) as told:
+        load("hf-hub:org/gated", tmp_path)
+    assert "401 for https://hub/api" in str(told.value)
+    assert token not in str(told.value)
+    assert "pw" not in str(told.value)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import functools
+import hashlib
 import http.client
 import http.server
+import logging
 import pickle
 import socket
 import threading
@@ -18,7 +21,7 @@ import torch
 
 from histoencoder_core.errors import WeightsError
 from histoencoder_core.features import Runner, encoders, load_encoder, weights
-from histoencoder_core.settings import EncoderSettings
+from histoencoder_core.settings import EncoderSettings, PlatformSettings
 
 SMALL = "xcit_nano_12_p16_224"
 """As `prostate_small`, but a tenth of its size."""
@@ -31,6 +34,8 @@ class Mirror:
         self.files: dict[str, bytes] = {}
         self.short_by = 0
         self.asked: list[str] = []
+        self.authorised: list[str | None] = []
+        self.redirect: str | None = None
         self.server = http.server.ThreadingHTTPServer(
             ("127.0.0.1", 0), functools.partial(_Handler, mirror=self)
         )
@@ -51,6 +56,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.mirror.asked.append(self.path)
+        self.mirror.authorised.append(self.headers.get("Authorization"))
+        if self.mirror.redirect is not None:
+            self.send_response(302)
+            self.send_header("Location", self.mirror.redirect)
+            self.end_headers()
+            return
         content = self.mirror.files.get(self.path)
         if content is None:
             self.send_error(404)
@@ -247,3 +258,83 @@ def test_the_hash_is_that_of_the_weights_not_of_the_file(tmp_path: Path) -> None
     assert weights.state_dict_sha256(other) != before
     weights.load_into(other, tmp_path / "w.pth")
     assert weights.state_dict_sha256(other) == before
+
+
+PASSWORD = "s3cret-Pa55"
+
+
+def with_password(url: str) -> str:
+    return url.replace("//", f"//reader:{PASSWORD}@")
+
+
+def test_a_mirror_with_a_password_is_asked_with_it_and_it_is_never_told(
+    tmp_path: Path, mirror: Mirror, caplog: pytest.LogCaptureFixture
+) -> None:
+    mirror.files["/weights/prostate_small.pth"] = b"from the mirror"
+    url = with_password(mirror.url)
+    with caplog.at_level(logging.DEBUG):
+        path = weights.prostate_weights("prostate_small", folder=tmp_path, mirror=url)
+        assert path.read_bytes() == b"from the mirror"
+        expected = base64.b64encode(f"reader:{PASSWORD}".encode()).decode()
+        assert mirror.authorised == [f"Basic {expected}"]
+        path.unlink()
+        mirror.files.clear()
+        addresses = [
+            url,
+            f"{url}w?sig={PASSWORD}",
+            f"http://reader:{PASSWORD}@[bad/",
+            f"ftp://{PASSWORD}@a/",
+        ]
+        for address in addresses:
+            with pytest.raises(WeightsError) as told:
+                weights.prostate_weights("prostate_small", folder=tmp_path, mirror=address)
+            assert PASSWORD not in str(told.value)
+            assert "prostate_small.pth" in str(told.value)
+    assert caplog.records
+    assert PASSWORD not in caplog.text
+    assert expected not in caplog.text
+
+
+def test_a_password_does_not_follow_a_redirect(tmp_path: Path, mirror: Mirror) -> None:
+    other = Mirror()
+    try:
+        other.files["/weights/elsewhere.pth"] = b"elsewhere"
+        mirror.redirect = f"{other.url}elsewhere.pth"
+        weights.prostate_weights(
+            "prostate_small", folder=tmp_path, mirror=with_password(mirror.url)
+        )
+        assert [bool(given) for given in mirror.authorised] == [True]
+        assert other.authorised == [None]
+    finally:
+        other.close()
+
+
+def test_settings_do_not_show_a_password(
+    monkeypatch: pytest.MonkeyPatch, bare_environment: None
+) -> None:
+    monkeypatch.setenv("HISTOENCODER_WEIGHTS_URL", f"https://reader:{PASSWORD}@mirror/")
+    settings = PlatformSettings()
+    assert settings.weights_mirror == f"https://reader:{PASSWORD}@mirror/"
+    for shown in (
+        repr(settings),
+        str(settings),
+        settings.model_dump_json(),
+        f"{settings.model_dump()}",
+    ):
+        assert PASSWORD not in shown
+
+
+def test_another_file_than_the_expected_is_refused(tmp_path: Path, mirror: Mirror) -> None:
+    mirror.files["/weights/prostate_small.pth"] = b"tampered with"
+    good = hashlib.sha256(b"as agreed").hexdigest()
+    fetch = functools.partial(
+        weights.prostate_weights, "prostate_small", folder=tmp_path / "w", mirror=mirror.url
+    )
+    with pytest.raises(WeightsError, match="is not the file of weights that is expected"):
+        fetch(expected_sha256=good)
+    assert [path.name for path in (tmp_path / "w").iterdir()] == [".prostate_small.lock"]
+    mirror.files["/weights/prostate_small.pth"] = b"as agreed"
+    path = fetch(expected_sha256=good)
+    path.write_bytes(b"exchanged later")
+    with pytest.raises(WeightsError, match=r"prostate_small\.pth: is not the file"):
+        fetch(expected_sha256=good)

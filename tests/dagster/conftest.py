@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,8 +25,8 @@ from histoencoder_core.settings import (
 from histoencoder_core.store import Store
 from histoencoder_dagster.definitions import platform_definitions
 from histoencoder_dagster.jobs import STAGE_JOBS
-from histoencoder_dagster.partitions import SLIDES
-from histoencoder_dagster.sensors.batches import RANGE_END, RANGE_START, contiguous_batches
+from histoencoder_dagster.partitions import RANGE_END, RANGE_START, SLIDES
+from histoencoder_dagster.sensors.batches import contiguous_batches
 
 STAGES = ("slides", "tiles", "features", "clusters", "labels", "annotations")
 COHORT = (
@@ -250,7 +251,7 @@ def _one_thread():
 
 
 @contextlib.contextmanager
-def _deployed(folder):
+def _deployed(folder, instance=None):
     settings = PlatformSettings(
         slides=folder / "slides",
         store=folder / "store",
@@ -268,13 +269,29 @@ def _deployed(folder):
         clusters=ClusterSettings(n_clusters=(2, 3)),
     )
     settings.slides[0].mkdir()
-    with dg.DagsterInstance.ephemeral() as instance:
-        yield Deployment(settings, instance)
+    with instance or dg.DagsterInstance.ephemeral() as opened:
+        yield Deployment(settings, opened)
 
 
 @pytest.fixture
 def deployment(tmp_path):
     with _deployed(tmp_path) as deployment:
+        yield deployment
+
+
+@pytest.fixture
+def home(tmp_path):
+    """A DAGSTER_HOME as the platform is deployed with."""
+    folder = tmp_path / "home"
+    folder.mkdir()
+    shutil.copy(Path(__file__).parents[2] / "deploy" / "dagster.yaml", folder)
+    return folder
+
+
+@pytest.fixture
+def kept_deployment(tmp_path, home):
+    """A deployment whose instance keeps its records in `home`."""
+    with _deployed(tmp_path, dg.DagsterInstance.from_config(str(home))) as deployment:
         yield deployment
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from histoencoder_core.features import encoders
 from histoencoder_core.settings import ClusterSettings, EncoderSettings, TilingSettings
 from histoencoder_core.tiles import cut_tiles
-from histoencoder_dagster.sensors.batches import RANGE_END, RANGE_START
+from histoencoder_dagster.partitions import RANGE_END, RANGE_START
 
 
 def failure(run, step):

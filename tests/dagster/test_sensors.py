@@ -9,8 +9,8 @@ from dagster import DagsterRunStatus
 from PIL import Image
 
 from histoencoder_dagster.jobs import describe_slides
-from histoencoder_dagster.partitions import SLIDES
-from histoencoder_dagster.sensors.batches import RANGE_END, RANGE_START, contiguous_batches
+from histoencoder_dagster.partitions import RANGE_END, RANGE_START, SLIDES
+from histoencoder_dagster.sensors.batches import contiguous_batches
 
 RETRY_SECONDS = 300
 
