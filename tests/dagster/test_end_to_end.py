@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -15,6 +16,8 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+
+from histoencoder_core.errors import KINDS
 
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -250,6 +253,63 @@ def test_from_a_dropped_slide_to_purity_in_sql(live, write_slide):
         assert {live.node(STALE, "tiles", slide=s)["staleStatus"] for s in good} == {"FRESH"}
         runs = [(run["status"], run["jobName"]) for run in live.runs()]
         assert [job for status, job in runs if status == "FAILURE"] == [
-            "__ASSET_JOB",
+            "cut_tiles",
             "describe_slides",
         ]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_ten_good_slides_two_broken_ones_and_one_that_grows(live, write_slide):
+    growing, stop = live.slides / "growing.svs", threading.Event()
+
+    def grow():
+        while not stop.wait(1):
+            with growing.open("ab") as file:
+                file.write(b"x" * 1000)
+
+    growing.write_bytes(b"II*\0")
+    scanner = threading.Thread(target=grow)
+    scanner.start()
+    try:
+        with live.running():
+            live.wait("web server", lambda: live.node(PARTITIONS, "slides"))
+            for number in range(10):
+                write_slide(live.slides / f"good_{number}.tiff", seed=number)
+            (live.slides / "broken.svs").write_bytes(b"II*\0 no slide at all")
+            whole = write_slide(live.slides / "torn.tiff", seed=11).read_bytes()
+            (live.slides / "torn.tiff").write_bytes(whole[: len(whole) // 2])
+            good = {f"good_{number}" for number in range(10)}
+            live.wait("features", lambda: live.partitions("features")[0] >= good)
+            expected = {"done": 10, "failed": 2, "waiting": 1}
+            counted = " AND ".join(
+                f"count(*) FILTER (state = '{state}') = {n}" for state, n in expected.items()
+            )
+            live.wait_for_sql(
+                "completeness in SQL",
+                f"SELECT true AS ok FROM completeness WHERE stage = 'slides' HAVING {counted}",
+            )
+            reasons = live.sql(
+                "SELECT slide, kind, reason FROM completeness "
+                "WHERE stage = 'slides' AND state IN ('failed', 'waiting') ORDER BY slide"
+            )
+            assert [row["slide"] for row in reasons] == ["broken", "growing.svs", "torn"]
+            assert all(row["reason"] for row in reasons)
+            assert {row["kind"] for row in reasons if row["slide"] != "growing.svs"} <= KINDS.keys()
+            assert live.partitions("slides") == (good, {"broken", "torn"})
+            status = subprocess.run(
+                [BIN / "histoencoder", "status"], env=live.env, capture_output=True, text=True
+            )
+            assert status.returncode == 1, "two slides failed"
+            [header, row] = [line.split() for line in status.stdout.splitlines()[:2]]
+            told = dict(zip(header, row, strict=False))
+            assert {name: int(told[name]) for name in expected} == expected
+            assert "waiting: growing.svs" in status.stdout
+            # Once it is written to its end, it is taken up.
+            stop.set()
+            write_slide(growing.with_suffix(".tiff"), seed=12)
+            growing.unlink()
+            live.wait("last slide", lambda: "growing" in live.partitions("features")[0])
+    finally:
+        stop.set()
+        scanner.join()
