@@ -1,10 +1,12 @@
 """Features: tiles through an encoder, on a GPU where there is one."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import dagster as dg
 
+from histoencoder_core.errors import WeightsError
+from histoencoder_core.store import SlideFolder
 from histoencoder_dagster.assets.tiles import tiles
 from histoencoder_dagster.batches import each_slide
 from histoencoder_dagster.metadata import result_metadata
@@ -48,9 +50,20 @@ def features(
     from histoencoder_core.features import extract_slides  # takes seconds; see Platform.runner
 
     store, readers = platform.store, platform.settings.readers
-    with extract_slides(
-        store, context.partition_keys, platform.runner, readers=readers
-    ) as extracted:
+    try:
+        runner = platform.runner
+    except WeightsError as error:
+        # Each slide remembers it, so that it is told of all of them, and tried again.
+        missing = error
+        yield from each_slide(context, lambda s: _without_weights(store.slide(s), missing))
+        return
+    with extract_slides(store, context.partition_keys, runner, readers=readers) as extracted:
         yield from each_slide(
             context, lambda s: result_metadata(store.slide(s), extracted[s].result())
         )
+
+
+def _without_weights(folder: SlideFolder, error: WeightsError) -> NoReturn:
+    with folder.locked():
+        folder.record_failure("features", error)
+    raise error

@@ -4,8 +4,12 @@ from datetime import UTC, datetime
 
 import dagster as dg
 import pytest
+from dagster import DagsterRunStatus
 
+from histoencoder_core import features as core_features
+from histoencoder_core.errors import WeightsError
 from histoencoder_core.settings import AnnotationSettings, TilingSettings
+from histoencoder_dagster.sensors.batches import RANGE_END, RANGE_START
 
 STAGES = ("slides", "tiles", "features", "clusters", "labels", "annotations")
 COHORT = {
@@ -75,6 +79,61 @@ def test_a_mended_slide_goes_on_alone(watched):
     watched.run("slides", slides=["b"])
     told = [stages(due) for due in watched.follow()]
     assert [due for due in told if due] == [{"tiles": {"b"}}, {"features": {"b"}}]
+
+
+def test_missing_weights_are_told_of_each_slide_and_tried_again(watched, clock, monkeypatch):
+    def no_weights(*_, **__):
+        raise WeightsError("small.pth: is not there")
+
+    watched.add("a", "b")
+    watched.run("slides")
+    with monkeypatch.context() as patched:
+        patched.setattr(core_features, "load_encoder", no_weights)
+        watched.follow()
+    assert {watched.folder(s).failures()["features"]["kind"] for s in "ab"} == {"weights-missing"}
+    assert watched.due_stages() == {}
+    clock(301)
+    assert watched.due_stages() == {"features": {"a", "b"}}
+    watched.run("features")
+    assert watched.recorded("features") == {"a", "b"}
+    assert watched.due_stages() == {}
+
+
+def test_a_slide_that_can_not_succeed_is_not_tried_again(watched, clock):
+    watched.add("a")
+    watched.drop("b", mpp=None)
+    watched.register()
+    watched.run("slides")
+    watched.follow()
+    assert watched.folder("b").failures()["tiles"]["kind"] == "no-mpp"
+    clock(10**6)
+    assert "tiles" not in watched.due_stages()
+
+
+def test_a_bounded_number_of_runs_is_in_flight_however_much_is_owed(watched):
+    """As after a week in which the sensor was paused."""
+    watched.change(slides_per_run=2, runs_in_flight=2)
+    watched.add(*"abcdefgh")
+    watched.run("slides")
+    job = watched.defs.resolve_job_def("cut_tiles")
+    result = watched.tick("next_stages")
+    assert [(r.tags[RANGE_START], r.tags[RANGE_END]) for r in result.run_requests] == [
+        ("a", "b"), ("c", "d"),
+    ]  # fmt: skip
+    runs = [
+        watched.instance.create_run_for_job(job, status=DagsterRunStatus.STARTED, tags=r.tags)
+        for r in result.run_requests
+    ]
+    assert watched.due_stages() == {}
+    watched.instance.delete_run(runs[0].run_id)
+    assert watched.due_stages() == {"tiles": {"e", "f"}}, "a and b may have killed their run"
+
+
+def test_the_newest_slides_go_first_if_asked(watched):
+    watched.change(slides_per_run=2, runs_in_flight=1, newest_first=True)
+    watched.add(*"abcde")
+    watched.run("slides")
+    assert watched.due_stages() == {"tiles": {"e"}}
 
 
 def test_clusters_are_not_due_until_there_is_a_model(watched):

@@ -289,6 +289,69 @@ def test_tiles_made_by_another_program_become_a_slide_once_all_are_there(deploym
     assert scan(deployment) == []
 
 
+def test_a_renamed_slide_keeps_its_partition_and_the_new_ones_goes(deployment):
+    path = deployment.drop("a")
+    scan(deployment)
+    path.rename(deployment.slides / "renamed.tiff")
+    scan(deployment)
+    deployment.run_requests(deployment.tick("new_slides"), "describe_slides")
+    assert deployment.recorded("slides") == {"a"}
+    assert deployment.metadata("slides", "a")["file"] == "renamed.tiff"
+    result = deployment.tick("new_slides")
+    for change in getattr(result, "dynamic_partitions_requests", None) or []:
+        deployment.instance.delete_dynamic_partition(SLIDES, *change.partition_keys)
+    assert deployment.partitions() == ["a"]
+    assert scan(deployment) == []
+
+
+def test_a_copy_is_a_partition_of_which_nothing_is_recorded_nor_asked_for_again(deployment, clock):
+    path = deployment.drop("a")
+    scan(deployment)
+    (deployment.slides / "b.tiff").write_bytes(path.read_bytes())
+    assert scan(deployment) == [("b", "b")]
+    assert deployment.recorded("slides") == {"a"}
+    clock(10**6)
+    assert scan(deployment) == []
+    assert deployment.folder("b").duplicate()["of"] == "a"
+
+
+def test_slides_of_several_folders_are_found(deployment, tmp_path):
+    other = tmp_path / "other"
+    deployment.change(slides=(deployment.slides, other))
+    path = deployment.drop("a", "b")
+    other.mkdir()
+    path.rename(other / "b.tiff")
+    assert scan(deployment) == [("b", "a")] or deployment.recorded("slides") == {"a", "b"}
+    other.rename(tmp_path / "away")
+    assert str(other) in deployment.tick("new_slides").skip_message
+
+
+def test_no_more_runs_than_may_be_in_flight_are_asked_for(deployment):
+    deployment.change(slides_per_run=10, runs_in_flight=2)
+    for number in range(45):
+        (deployment.slides / f"s{number:02d}.svs").write_bytes(b"x")
+    deployment.tick("new_slides")
+    result = deployment.tick("new_slides")
+    assert asked(result) == [("s00", "s09"), ("s10", "s19")]
+    job = deployment.defs.resolve_job_def(describe_slides.name)
+    keys = list(result.dynamic_partitions_requests[0].partition_keys)
+    deployment.instance.add_dynamic_partitions(SLIDES, keys)
+    for run in result.run_requests:
+        deployment.instance.create_run_for_job(job, status=DagsterRunStatus.STARTED, tags=run.tags)
+    assert len(keys) == 20
+    assert asked(deployment.tick("new_slides")) == []
+
+
+def test_a_failure_refreshes_the_catalog_although_nothing_was_made(deployment):
+    deployment.drop_broken("bad.svs")
+    scan(deployment)
+    deployment.tick("new_slides")
+    [run] = deployment.run_requests(deployment.tick("new_troubles"), "refresh_catalog")
+    assert run.success
+    assert deployment.metadata("completeness")["slides_failed"] == 1
+    assert isinstance(deployment.tick("new_troubles"), dg.SkipReason)
+
+
 # New annotations ----------------------------------------------------------------------------------
 
 
