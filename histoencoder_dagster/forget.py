@@ -65,6 +65,7 @@ _UNFINISHED_BACKFILLS = [
     BulkActionStatus.FAILING,
 ]
 _BUSY_SECONDS = 30
+_ROWS = 500
 
 _Connect = Callable[[], AbstractContextManager[sa.Connection]]
 
@@ -360,10 +361,11 @@ def _change_schedules(connection: sa.Connection, redaction: Redaction) -> int:
             AssetDaemonAssetEvaluationsTable.c.asset_evaluation_body,
         ),
     ):
-        rows = connection.execution_options(stream_results=True).execute(
-            sa.select(table.c.id, column)
-        )
-        found = [number for number, body in rows if body and redaction.mentioned_in(body)]
+        found = [
+            number
+            for number, body in _rows(connection, table.c.id, column)
+            if redaction.mentioned_in(body)
+        ]
         for number in found:
             connection.execute(table.delete().where(table.c.id == number))
         changed += len(found)
@@ -413,6 +415,21 @@ _STOP = (
     "The slides' records are deleted, but their bytes may still be in the file: stop Dagster and "
     "run this again."
 )
+
+
+def _rows(
+    connection: sa.Connection, number: sa.Column[int], column: sa.Column[str]
+) -> Iterator[tuple[int, str]]:
+    """All rows of a table that may be larger than memory, some at a time."""
+    last = 0
+    while True:
+        some = connection.execute(
+            sa.select(number, column).where(number > last).order_by(number).limit(_ROWS)
+        ).fetchall()
+        if not some:
+            return
+        yield from ((row_number, body) for row_number, body in some if body)
+        last = some[-1][0]
 
 
 def _naming(column: sa.ColumnElement[Any], redaction: Redaction) -> sa.ColumnElement[bool]:
