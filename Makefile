@@ -52,8 +52,8 @@ bench-clusters: $(INSTALLED) ## Measure the fit of a cluster model beside scikit
 bench-similar: $(INSTALLED) ## Measure nearest tiles; BENCH=<more options>
 	$(BIN)/python benchmarks/similar.py $(BENCH)
 
-mutants: $(INSTALLED) ## Bring 1,000 damaged slides through the stages; SLIDES=<folder of sound ones>, BENCH=<more options>
-	$(BIN)/python benchmarks/mutants.py $(or $(SLIDES),../shared/data/slides) $(BENCH)
+mutants: $(INSTALLED) ## Bring 1,000 damaged slides through the stages; needs HISTOENCODER_TEST_DATA; BENCH=<more options>
+	$(BIN)/python benchmarks/mutants.py $(HISTOENCODER_TEST_DATA)/slides $(BENCH)
 
 bench-tissue: $(INSTALLED) ## Measure how much ink passes for tissue; needs HISTOENCODER_TEST_DATA; BENCH=<more options>
 	$(BIN)/python benchmarks/tissue.py $(BENCH)
