@@ -30,6 +30,7 @@ from histoencoder_core.settings import (
     PlatformSettings,
     TilingSettings,
 )
+from histoencoder_dagster import metadata
 from histoencoder_dagster.definitions import platform_definitions
 from histoencoder_dagster.partitions import SLIDES
 from histoencoder_dagster.sensors import RANGE_END, RANGE_START
@@ -86,8 +87,15 @@ def tiny_settings(folder: Path) -> PlatformSettings:
     )
 
 
-def fill(instance: dg.DagsterInstance, slides: int) -> None:
-    """Give an instance as many partitions, each with all stages done."""
+def fill(instance: dg.DagsterInstance, slides: int, *, picture_px: int) -> None:
+    """Give an instance as many partitions, each with all stages done.
+
+    Args:
+        instance: A fresh one.
+        slides: Their number, a multiple of `BATCH`.
+        picture_px: Longest side of the pictures in the event log.
+    """
+    metadata.PICTURE_PX = picture_px
     names = [slide_name(number) for number in range(slides)]
     instance.add_dynamic_partitions(SLIDES, names)
     with tempfile.TemporaryDirectory() as folder:
@@ -148,9 +156,7 @@ def copy_first_batch(instance: dg.DagsterInstance, names: Sequence[str]) -> None
     for batch in _batches(names, BATCH):
         if batch[0] == first[0]:
             continue
-        new = dict(zip(first, batch, strict=False)) | {run: str(uuid.uuid4()) for run in of_runs}
-        if len(batch) < len(first):
-            raise ValueError(f"{len(names)} slides are not whole batches of {BATCH}")
+        new = dict(zip(first, batch, strict=True)) | {run: str(uuid.uuid4()) for run in of_runs}
         ids = {row["id"]: following + number for number, row in enumerate(logged)}
         following += len(logged)
         with runs.connect() as connection:
@@ -162,6 +168,12 @@ def copy_first_batch(instance: dg.DagsterInstance, names: Sequence[str]) -> None
             connection.execute(SqlEventLogStorageTable.insert(), rows)
             rows = [row | {"event_id": ids[row["event_id"]]} for row in renamed(event_tags, new)]
             connection.execute(AssetEventTagsTable.insert(), rows)
+    with events.index_connection() as connection:
+        if connection.dialect.name == "postgresql":  # which does not count ids that it was given
+            connection.execute(
+                db.text("SELECT setval(pg_get_serial_sequence('event_logs', 'id'), :last)"),
+                {"last": following - 1},
+            )
     for stage in PER_SLIDE:
         [newest] = instance.fetch_materializations(dg.AssetKey(stage), limit=1).records or [None]
         if newest is not None:

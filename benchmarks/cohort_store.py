@@ -130,7 +130,9 @@ def write_slide(cohort: Cohort, number: int) -> int:
         "features",
         algorithm=layout.FEATURES_ALGORITHM,
         made_from={"tiles": source.upstream(), "encoder": ENCODER},
-    ).with_result(space="benchmark", encoder="benchmark", native_size=224, tiles=keys.num_rows)
+    ).with_result(
+        space="benchmark", encoder="benchmark", native_size=224, tiles=keys.num_rows, unreadable=0
+    )
     features = rng.random((keys.num_rows, LENGTH), np.float32)
     table = keys.append_column("features", feature_list(features, "float32"))
     table = table.append_column("unreadable", pa.nulls(keys.num_rows, pa.string()))
@@ -262,7 +264,8 @@ def _write_tiles(
         table = table.append_column(name, pa.array([0.5] * count, pa.float64()))
     for name in ("background", "ink", "blank", *METRICS):
         table = table.append_column(name, pa.array(rng.random(count, np.float32)))
-    _write(folder.record("tiles"), table, tiles_stamp(description, TILING))
+    stamp = tiles_stamp(description, TILING).with_result(tiles=count)
+    _write(folder.record("tiles"), table, stamp)
     return keys
 
 

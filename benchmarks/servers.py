@@ -1,0 +1,198 @@
+"""Dagster's daemon and web server on a deployment: their memory, their ticks, their answers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+from dagster._core.scheduler.instigation import TickStatus
+
+Line = dict[str, Any]
+
+MODULE = ["-m", "histoencoder_dagster.definitions"]
+
+_STATS = "partitionStats {numMaterialized numPartitions numFailed numMaterializing}"
+_STATUSES = (
+    "assetPartitionStatuses {... on DefaultPartitionStatuses {"
+    "materializedPartitions failedPartitions unmaterializedPartitions materializingPartitions}}"
+)
+_EVENT = "timestamp runId partition metadataEntries {label description}"
+
+
+def _of_node(selection: str) -> str:
+    head = "query($asset: String!, $slide: String)"
+    node = f"... on AssetNode {{{selection}}}"
+    return f"{head} {{assetNodeOrError(assetKey: {{path: [$asset]}}) {{{node}}}}}"
+
+
+def _of_events(selection: str) -> str:
+    head = "query($asset: String!, $slide: String)"
+    return f"{head} {{assetOrError(assetKey: {{path: [$asset]}}) {{... on Asset {{{selection}}}}}}}"
+
+
+QUERIES = {
+    "asset graph": "{assetNodes {assetKey {path} groupName isPartitioned dependencyKeys {path}}}",
+    "state of all assets": f"{{assetNodes {{assetKey {{path}} {_STATS}}}}}",
+    "partition stats": _of_node(_STATS),
+    "partition statuses": _of_node(_STATUSES),
+    "partition keys": _of_node("partitionKeysByDimension {name partitionKeys}"),
+    "staleness of a partition": _of_node("staleStatus(partition: $slide)"),
+    "latest of a partition": _of_events(
+        f"assetMaterializations(partitions: [$slide], limit: 1) {{{_EVENT}}}"
+    ),
+    "latest 100 events": _of_events(f"assetMaterializations(limit: 100) {{{_EVENT}}}"),
+    "latest 25 runs": "{runsOrError(limit: 25) {... on Runs {results {id status tags {key}}}}}",
+}
+"""What the web UI asks for on an asset's page and around it, by what it shows."""
+
+
+def served(
+    environment: Mapping[str, str], *, asset: str, slide: str, seconds: float, repeats: int
+) -> Iterator[Line]:
+    """Start both, let them tick, ask them.
+
+    Args:
+        environment: Of the deployment; `DAGSTER_HOME` among it.
+        asset: The asset that is asked about.
+        slide: The partition that is asked about.
+        seconds: How long the daemon ticks.
+        repeats: How often each query is asked.
+    """
+    port = _free_port()
+    web = [sys.executable, "-m", "dagster_webserver", "-h", "127.0.0.1", "-p", str(port), *MODULE]
+    daemon = [sys.executable, "-m", "dagster._daemon", "run", *MODULE]
+    started = time.time()
+    with running(daemon, environment) as daemon_process, running(web, environment) as web_process:
+        _wait_for(f"http://127.0.0.1:{port}/server_info")
+        yield {"measure": "start of the web server", "unit": "s", "wall": time.time() - started}
+        for name, query in QUERIES.items():
+            times, size = [], 0
+            for _ in range(repeats):
+                began = time.perf_counter()
+                size = len(_ask(port, query, {"asset": asset, "slide": slide}))
+                times.append(round(time.perf_counter() - began, 3))
+            yield {
+                "measure": f"GraphQL: {name}",
+                "unit": "s",
+                "wall": statistics.median(times),
+                "first": times[0],
+                "bytes": size,
+            }
+        time.sleep(max(0.0, seconds - (time.time() - started)))
+        for name, process in (("daemon", daemon_process), ("web server", web_process)):
+            own, code = resident_mb(process.pid)
+            yield {
+                "measure": f"memory of the {name}",
+                "unit": "MB",
+                "own": own,
+                "code_server": code,
+            }
+    yield from _ticks_since(started)
+
+
+@contextlib.contextmanager
+def running(
+    command: Sequence[str], environment: Mapping[str, str]
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A process, ended with all that it started."""
+    log = Path(environment["DAGSTER_HOME"]) / f"{Path(command[2]).name}.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, env={**os.environ, **environment}, stdout=output, stderr=output,
+            start_new_session=True,
+        )  # fmt: skip
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def resident_mb(pid: int) -> tuple[int, int]:
+    """Resident memory in MB of a process, and of all that it started."""
+    children: dict[int, list[int]] = {}
+    memory = {}
+    for status in Path("/proc").glob("[0-9]*/status"):
+        with contextlib.suppress(OSError, KeyError):
+            lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+            own, parent = int(lines["Pid"]), int(lines["PPid"])
+            children.setdefault(parent, []).append(own)
+            memory[own] = int(lines["VmRSS"].split()[0]) / 1024
+    below, waiting = 0.0, list(children.get(pid, []))
+    while waiting:
+        child = waiting.pop()
+        below += memory.get(child, 0.0)
+        waiting += children.get(child, [])
+    return round(memory.get(pid, 0.0)), round(below)
+
+
+def _ticks_since(started: float) -> Iterator[Line]:
+    """What the daemon's ticks took, as it recorded them."""
+    with dg.DagsterInstance.get() as instance:
+        for state in instance.all_instigator_state():
+            records = instance.get_ticks(state.instigator_origin_id, state.selector_id)
+            done = [
+                tick for tick in records
+                if tick.timestamp >= started and tick.status is not TickStatus.STARTED
+            ]  # fmt: skip
+            if not done:
+                continue
+            took = [
+                round((tick.end_timestamp or tick.timestamp) - tick.timestamp, 3) for tick in done
+            ]
+            yield {
+                "measure": f"daemon's tick of {state.instigator_name}",
+                "unit": "s",
+                "wall": round(statistics.median(took), 3),
+                "max": max(took),
+                "ticks": len(took),
+                "failed": sum(tick.status is TickStatus.FAILURE for tick in done),
+            }
+
+
+def _ask(port: int, query: str, variables: dict[str, str]) -> bytes:
+    body = json.dumps({"query": query, "variables": variables}).encode()
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/graphql", body, {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=300) as response:
+        answer = response.read()
+    if b'"errors"' in answer[:200] or b"PythonError" in answer[:200]:
+        raise RuntimeError(answer[:2000].decode())
+    return bytes(answer)
+
+
+def _wait_for(url: str, patience: float = 180) -> None:
+    end = time.monotonic() + patience
+    while True:
+        try:
+            urllib.request.urlopen(url, timeout=10).close()
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.5)
+        else:
+            return
+
+
+def _free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
