@@ -83,7 +83,9 @@ def completeness(platform: dg.ResourceParam[Platform]) -> dg.MaterializeResult[N
                 or "none needed"
             ),
             "absent": table_metadata(absent),
-            "slides_failed": len({state.slide for state in states if state.state == "failed"}),
+            "slides_with_failures": len(
+                {state.slide for state in states if state.state == "failed"}
+            ),
             **numbers,
         }
     )

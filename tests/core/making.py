@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -89,7 +90,8 @@ def _tiles(pixels: np.ndarray, tile: int, missing: Sequence[int]) -> Iterator[np
 
 
 def damage_tiles(path: Path, indices: Sequence[int]) -> None:
-    """Overwrite the data of some of a TIFF's level-0 tiles."""
+    """Overwrite the data of some of a TIFF's level-0 tiles, as a disk's fault would: unseen."""
+    before = path.stat()
     with tifffile.TiffFile(path) as file:
         page = file.pages[0]
         places = [(page.dataoffsets[i], page.databytecounts[i]) for i in indices]
@@ -97,6 +99,7 @@ def damage_tiles(path: Path, indices: Sequence[int]) -> None:
         for offset, count in places:
             file.seek(offset)
             file.write(b"\xff" * count)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def write_czi(path: Path, *parts: tuple[np.ndarray, int, int], mpp: float = 0.22) -> Path:

@@ -4,7 +4,6 @@ import base64
 import io
 import shutil
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import dagster as dg
 import pytest
@@ -362,16 +361,3 @@ def test_what_a_run_asks_of_all_slides_does_not_grow_with_its_own(deployment, mo
         counts.append(len(asked))
     assert counts[0] == counts[1]
     assert deployment.metadata("slides", "e")["file"] == "e.tiff"
-
-
-def test_of_two_runs_of_the_same_slides_at_once_each_slide_is_made_by_one(deployment):
-    """As when two daemons look after one store."""
-    deployment.add("a", "b", "c")
-    with ThreadPoolExecutor(2) as pool:
-        for asset in ("slides", "tiles", "features"):
-            runs = [pool.submit(deployment.run, asset) for _ in range(2)]
-            assert all(run.result().success for run in runs)
-            for slide in "abc":
-                events = deployment.events(asset, slide)
-                made = [event.metadata["recomputed"].value for event in events]
-                assert sorted(made) == [False, True], (asset, slide)

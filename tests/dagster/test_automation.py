@@ -64,7 +64,7 @@ def test_a_broken_slide_in_the_middle_does_not_keep_the_others_from_any_stage(wa
     assert stages(told[0]) == {"clusters": {"a", "c"}}
     assert watched.recorded("clusters") == {"a", "c"}
     told = watched.metadata("completeness")
-    assert (told["clusters_done"], told["slides_failed"]) == (2, 2)
+    assert (told["clusters_done"], told["slides_with_failures"]) == (2, 2)
     assert watched.due() == {}, "what failed is not tried for ever"
 
 
