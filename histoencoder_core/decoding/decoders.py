@@ -63,8 +63,8 @@ def open_decoder(path: Path) -> Decoder:
         return CziDecoder(path)
     if suffix in TIFF_SUFFIXES and (missing := missing_bytes(path)):
         raise SlideError(
-            f"{path}: is cut short. Its own directory points to data {missing:,} bytes beyond its "
-            "end. Copy it again from the scanner.",
+            f"{path}: is cut short, or its directory is damaged: that points {missing:,} bytes "
+            "beyond its end. Copy it again from the scanner.",
             kind="truncated",
         )
     try:

@@ -37,6 +37,7 @@ class Desk:
 
     def __init__(self) -> None:
         self._decoder: Decoder | None = None
+        self._path = Path()
 
     def answer(self, asked: wire.Message) -> tuple[wire.Message, np.ndarray | None]:
         """Do what is asked.
@@ -48,10 +49,11 @@ class Desk:
         try:
             match asked["do"]:
                 case "open":
-                    self._decoder = open_decoder(path)
+                    self._path, self._decoder = path, open_decoder(path)
                     return self._decoder.facts.as_json(), None
                 case "read":
                     assert self._decoder is not None
+                    assert self._path == path, "pixels of another slide would be worse than none"
                     return {}, self._decoder.read(tuple(asked["region"]), asked["level"])
                 case "close":
                     assert self._decoder is not None

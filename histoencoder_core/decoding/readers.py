@@ -50,6 +50,7 @@ class _Reading:
         self._one_at_a_time = False
         self._turn = threading.Lock()
         self._losses = 0
+        self._closed = False
         self._lost = ProcessLostError("never", kind="crash")
 
     def __enter__(self) -> Self:
@@ -65,7 +66,9 @@ class _Reading:
 
     def close(self) -> None:
         """Let another slide have the process. No thread may still be reading."""
-        give_back(self._process)
+        if not self._closed:
+            self._closed = True
+            give_back(self._process)
 
     def _reopen(self, process: ReaderProcess) -> None:
         """Bring a new process to where the last one was. By default there is nothing to do."""
@@ -78,6 +81,8 @@ class _Reading:
         shape: tuple[int, int] | None = None,
         max_pixels: int = 0,
     ) -> tuple[wire.Message, np.ndarray | None]:
+        if self._closed:
+            raise ValueError(f"{message['path']}: is closed")  # the process is another slide's now
         process = self._process  # looked up first: it must be the one of before the loss
         if not self._one_at_a_time:
             try:
@@ -163,7 +168,7 @@ class SlideReading(_Reading):
     def close(self) -> None:
         """Close it and let another slide have the process. No thread may still be reading."""
         process = self._process
-        if process.reusable:
+        if process.reusable and not self._closed:
             try:
                 process.ask({"do": "close", "path": self._path})
             except (ProcessLostError, SlideError):

@@ -24,13 +24,17 @@ def missing_bytes(path: Path) -> int:
         path: A TIFF file; BigTIFF and Hamamatsu's form for large files are known.
 
     Returns:
-        At least so many bytes are missing; 0 if none are, or if the file can't be understood.
+        At least so many bytes are missing, unless the directory itself is damaged; 0 if none are,
+        or if the file can't be understood.
     """
     size = path.stat().st_size
     try:
         with tifffile.TiffFile(path) as file:
+            missing = _end_of_directories(file) - size
+            if missing > 0:  # what they say can't be read
+                return missing
             ends = [_end_of_data(page) for page in file.pages]
-            return max(0, _next_page(file) + 1 - size, max(ends, default=0) - size)
+            return max(0, max(ends, default=0) - size)
     except Exception:  # noqa: BLE001 - tifffile raises anything; what it is, the reader will tell
         return 0
 
@@ -40,14 +44,18 @@ def _end_of_data(page: tifffile.TiffPage | tifffile.TiffFrame) -> int:
     return max((offset + count for offset, count in pairs if offset and count), default=0)
 
 
-def _next_page(file: tifffile.TiffFile) -> int:
-    """Where the last readable directory says that the next one is; 0 if there is none."""
+def _end_of_directories(file: tifffile.TiffFile) -> int:
+    """Where the last directory that can be found ends, or the next begins that it names."""
     at = file.pages.next_page_offset
     if at is None:
         return 0
-    file.filehandle.seek(at)
     form: str = file.tiff.offsetformat
-    return int(struct.unpack(form, file.filehandle.read(struct.calcsize(form)))[0])
+    end = int(at) + struct.calcsize(form)
+    if end > file.filehandle.size:
+        return end
+    file.filehandle.seek(at)
+    following = int(struct.unpack(form, file.filehandle.read(struct.calcsize(form)))[0])
+    return following + 1 if following else end
 
 
 def is_endless_jpeg(content: bytes) -> bool:

@@ -305,6 +305,14 @@ def test_a_process_that_met_damage_is_not_used_again(
     assert len(starts) == 2
 
 
+def test_a_closed_slide_gives_no_pixels_of_the_next_one(slide: Path, tmp_path: Path) -> None:
+    other = write_tiff(tmp_path / "other.tiff", tissue_pixels(1024, 1024))
+    with open_slide(slide) as closed:
+        pass
+    with open_slide(other), pytest.raises(ValueError, match=r"slide\.tiff: is closed"):
+        closed.read((0, 0, 64, 64))
+
+
 def test_two_open_slides_do_not_share_a_process(slide: Path, tmp_path: Path) -> None:
     other = write_tiff(tmp_path / "other.tiff", tissue_pixels(300, 200))
     with open_slide(slide) as first, open_slide(other) as second:
@@ -340,7 +348,9 @@ def test_a_tiff_is_truncated_wherever_it_is_cut(tmp_path: Path, bigtiff: bool) -
     with open_slide(path) as slide:
         assert len(slide.level_sizes) == 3
     whole = path.read_bytes()
-    for length in (3000, len(whole) // 2, len(whole) - 40_000, len(whole) - 1):
+    with tifffile.TiffFile(path) as file:
+        within_a_directory = file.pages[1].offset + 100
+    for length in (within_a_directory, 3000, len(whole) // 2, len(whole) - 40_000, len(whole) - 1):
         cut = tmp_path / f"{length}.tiff"
         cut.write_bytes(whole[:length])
         with pytest.raises(SlideError, match=r"bytes beyond its end") as caught:
