@@ -33,14 +33,18 @@ _EVENT = "timestamp runId partition metadataEntries {label description}"
 
 
 def _of_node(selection: str) -> str:
-    head = "query($asset: String!, $slide: String)"
-    node = f"... on AssetNode {{{selection}}}"
-    return f"{head} {{assetNodeOrError(assetKey: {{path: [$asset]}}) {{{node}}}}}"
+    node = f"{{... on AssetNode {{{selection}}}}}"
+    return _query(f"assetNodeOrError(assetKey: {{path: [$asset]}}) {node}")
 
 
 def _of_events(selection: str) -> str:
-    head = "query($asset: String!, $slide: String)"
-    return f"{head} {{assetOrError(assetKey: {{path: [$asset]}}) {{... on Asset {{{selection}}}}}}}"
+    asset = f"{{... on Asset {{{selection}}}}}"
+    return _query(f"assetOrError(assetKey: {{path: [$asset]}}) {asset}")
+
+
+def _query(selection: str) -> str:
+    slide = ", $slide: String!" if "$slide" in selection else ""
+    return f"query($asset: String!{slide}) {{{selection}}}"
 
 
 QUERIES = {
