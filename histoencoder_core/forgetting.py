@@ -185,7 +185,7 @@ def _in_register(store: Store, slides: Collection[str]) -> Iterator[Trace]:
 
 def _in_contents(store: Store, slides: Collection[str]) -> Iterator[Trace]:
     """Which slide has which content."""
-    found = [p for p in store.contents.glob("*/*") if p.read_text("utf-8") in slides]
+    found = [p for p in store.contents.glob("*/*") if p.read_text("utf-8").strip() in slides]
 
     def remove() -> None:
         with Contents(store).locked():

@@ -42,7 +42,7 @@ class Contents:
             sample: The content's sample, see `content.Content`.
         """
         try:
-            return self._path(sample).read_text("utf-8") or None
+            return self._path(sample).read_text("utf-8").strip() or None
         except FileNotFoundError:
             return None
 
@@ -54,7 +54,7 @@ class Contents:
         if path.parent.is_dir():
             files.sweep(path.parent)
         with files.atomic_path(path) as temporary:
-            temporary.write_text(slide_id, "utf-8")
+            temporary.write_text(f"{slide_id}\n", "utf-8")
 
     def release(self, sample: str, slide_id: str) -> None:
         """A slide does not have a content any more. The lock must be held."""
