@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo ui test lint typecheck unit chaos mutants bench-catalog bench-extraction bench-clusters bench-similar bench-tissue audit clean
+.PHONY: help install demo ui test lint typecheck unit chaos mutants bench-catalog bench-extraction bench-clusters bench-similar bench-scale bench-tissue audit clean
 
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -54,6 +54,9 @@ bench-similar: $(INSTALLED) ## Measure nearest tiles; BENCH=<more options>
 
 mutants: $(INSTALLED) ## Bring 1,000 damaged slides through the stages; needs HISTOENCODER_TEST_DATA; BENCH=<more options>
 	$(BIN)/python benchmarks/mutants.py $(HISTOENCODER_TEST_DATA)/slides $(BENCH)
+
+bench-scale: $(INSTALLED) ## Measure ticks, catalog, commands and servers at up to 50,000 slides; BENCH=<more options>
+	$(BIN)/python benchmarks/scale.py $(BENCH)
 
 bench-tissue: $(INSTALLED) ## Measure how much ink passes for tissue; needs HISTOENCODER_TEST_DATA; BENCH=<more options>
 	$(BIN)/python benchmarks/tissue.py $(BENCH)

@@ -32,8 +32,7 @@ from histoencoder_core.settings import (
 )
 from histoencoder_dagster import metadata
 from histoencoder_dagster.definitions import platform_definitions
-from histoencoder_dagster.partitions import SLIDES
-from histoencoder_dagster.sensors import RANGE_END, RANGE_START
+from histoencoder_dagster.partitions import RANGE_END, RANGE_START, SLIDES
 
 BATCH = 25
 """Slides a run, as the platform's default."""
@@ -73,7 +72,7 @@ def tiny_slide(path: Path, *, seed: int) -> None:
 def tiny_settings(folder: Path) -> PlatformSettings:
     """A deployment of tiny slides, in which every stage takes next to no time."""
     return PlatformSettings(
-        slides=folder / "slides",
+        slides=(folder / "slides",),
         store=folder / "store",
         annotations=folder / "annotations",
         device="cpu",
@@ -107,9 +106,10 @@ def run_first_batch(
     instance: dg.DagsterInstance, settings: PlatformSettings, names: Sequence[str]
 ) -> None:
     """Run every stage on the first batch, each stage in one run."""
-    settings.slides.mkdir(parents=True)
+    [folder] = settings.slides
+    folder.mkdir(parents=True)
     for seed, name in enumerate(names):
-        tiny_slide(settings.slides / f"{name}.tiff", seed=seed)
+        tiny_slide(folder / f"{name}.tiff", seed=seed)
     defs = platform_definitions(settings)
     defs.resources["platform"].register_slides()  # type: ignore[index]
     job = defs.resolve_implicit_global_asset_job_def()

@@ -21,6 +21,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,7 @@ from typing import Any
 
 from about import about
 from cohort_store import TILE_PX, TILING, Cohort, add_slide, register, slide_name, write_cohort
+from servers import served
 
 from histoencoder_core.settings import PlatformSettings
 
@@ -41,6 +43,7 @@ Line = dict[str, Any]
 DEPLOY = Path(__file__).parents[1] / "deploy"
 PICTURE_PX = 16
 NEW = 25
+PARTS = ("catalog", "commands", "checks", "ticks", "servers")
 
 
 def written(folder: Path, slides: int, tiles: int) -> Cohort:
@@ -66,7 +69,7 @@ def write_sheet(cohort: Cohort) -> None:
 def settings_of(cohort: Cohort) -> PlatformSettings:
     """The deployment's settings."""
     return PlatformSettings(
-        slides=cohort.folder / "slides",
+        slides=(cohort.folder / "slides",),
         store=cohort.folder / "store",
         annotations=cohort.annotations,
         device="cpu",
@@ -212,23 +215,28 @@ def alone(work: Callable[[], Any]) -> Any:
         return pool.submit(work).result()
 
 
-def measure(cohort: Cohort, storages: list[str], *, seconds: float) -> Iterator[Line]:
-    """Measure one cohort on each storage."""
-    yield from alone(partial(_refreshes, cohort))
-    yield from _commands(cohort)
-    yield from alone(partial(_checks, cohort))
-    for storage in storages:
+def measure(
+    cohort: Cohort, only: list[str], storages: list[str], *, seconds: float
+) -> Iterator[Line]:
+    """Measure one cohort, and on each storage what depends on it."""
+    if "catalog" in only:
+        yield from alone(partial(_refreshes, cohort))
+    if "commands" in only:
+        yield from _commands(cohort)
+    if "checks" in only:
+        yield from alone(partial(_checks, cohort))
+    for storage in storages if {"ticks", "servers"} & set(only) else ():
         with home_of(cohort, storage) as environment:
-            for line in alone(partial(_ticks, cohort)):
-                yield {**line, "storage": storage}
-            from servers import served
-
+            lines = alone(partial(_ticks, cohort)) if "ticks" in only else []
+            yield from ({**line, "storage": storage} for line in lines)
+            if "servers" not in only:
+                continue
             # Without annotations: the first tick would ask for the labels of all slides.
             environment |= environment_of(cohort, annotated=False)
-            for line in served(
+            served_lines = served(
                 environment, asset="tiles", slide=slide_name(7), seconds=seconds, repeats=5
-            ):
-                yield {**line, "storage": storage}
+            )
+            yield from ({**line, "storage": storage} for line in served_lines)
 
 
 def main() -> None:
@@ -239,15 +247,19 @@ def main() -> None:
     parser.add_argument(
         "--storage", nargs="+", choices=["sqlite", "postgres"], default=["sqlite", "postgres"]
     )
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--seconds", type=float, default=180, help="that the daemon ticks")
     parser.add_argument("--folder", type=Path, help="where all is written, and kept")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers are stopped
     with tempfile.TemporaryDirectory() as temporary:
         folder = (arguments.folder or Path(temporary)).resolve()
         for slides in arguments.slides:
             cohort = written(folder, slides, arguments.tiles)
             same = {"slides": slides, "tiles": arguments.tiles, **about(dagster="dagster")}
-            for line in measure(cohort, arguments.storage, seconds=arguments.seconds):
+            for line in measure(
+                cohort, arguments.only, arguments.storage, seconds=arguments.seconds
+            ):
                 print(json.dumps({**line, **same}), flush=True)
 
 

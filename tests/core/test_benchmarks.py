@@ -203,3 +203,21 @@ def test_similar_prints_its_measures(tmp_path: Path) -> None:
         assert line.get("median", line.get("seconds")) > 0
     assert lines[4]["recall"]["mean"] > 0.9
     assert not [*tmp_path.iterdir()]
+
+
+# --- scale.py
+
+
+@pytest.mark.slow
+def test_scale_measures_slides_of_which_nothing_is_owed(tmp_path: Path) -> None:
+    options = ("--slides", "50", "--storage", "sqlite", "--only", "catalog", "ticks")
+    lines = lines_of("scale.py", *options, "--folder", str(tmp_path))
+    told = {line["measure"]: line for line in lines}
+    for name in ("catalog, nothing new", "catalog, 25 new"):
+        assert told[name]["cpu"] > 0
+    # What was written is taken for done, and 25 slides that come are one batch.
+    for sensor in ("new_slides", "next_stages", "cohort_follows_slides"):
+        assert told[f"tick of {sensor}, nothing new"]["requests"] == 0
+    assert told["tick of new_slides, 25 settled"]["requests"] == 1
+    assert told["tick of next_stages, 25 described"]["requests"] == 1
+    assert told["tick of cohort_follows_slides, 25 described"]["requests"] == 1
