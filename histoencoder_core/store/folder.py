@@ -92,14 +92,19 @@ class SlideFolder:
             Whether the stage is now done: its files have the fingerprint, or had it earlier and
             were brought back from ``versions/``.
         """
-        current = self.stamp(stage)
+        current, kept = self.stamp(stage), self._version(fingerprint)
         if current is not None and current.fingerprint == fingerprint:
+            if (kept / layout.RECORD[stage]).exists():
+                self._undo_retiring(stage, current)
             return True
-        kept = self._version(fingerprint)
         stamp = read_stamp(kept / layout.RECORD[stage])
         if stamp is None or stamp.fingerprint != fingerprint:
             return False
         self.refuse_foreign(stage)
+        for name in layout.COMPANIONS[stage]:
+            # A run that was killed while it brought this output back had come so far.
+            if not (kept / name).exists() and _print_of(self.file(name)) == fingerprint:
+                self.file(name).replace(kept / name)
         self._replace(stage, kept)
         with contextlib.suppress(OSError):
             kept.rmdir()
@@ -245,6 +250,19 @@ class SlideFolder:
             if not again and _print_of(self.file(name)) == stamp.fingerprint:
                 files.remove(kept / name)
                 self.file(name).replace(kept / name)
+
+    def _undo_retiring(self, stage: Stage, stamp: Stamp) -> None:
+        """Take back what a run that was killed did to put another output in place of this one."""
+        kept = self._version(stamp.fingerprint)
+        for name in layout.COMPANIONS[stage]:
+            if _print_of(self.file(name)) not in {None, stamp.fingerprint}:
+                files.remove(self.file(name))
+            if (kept / name).exists():
+                files.remove(self.file(name))
+                (kept / name).replace(self.file(name))
+        files.remove(kept / layout.RECORD[stage])
+        with contextlib.suppress(OSError):
+            kept.rmdir()
 
     def refuse_foreign(self, stage: Stage) -> None:
         """Make sure that no other program's files stand where a stage would write.

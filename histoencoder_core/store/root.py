@@ -140,12 +140,18 @@ class Store:
 def _prune(
     folder: SlideFolder, stages: list[Stage] | None, *, dry_run: bool
 ) -> list[tuple[Path, int]]:
+    if not dry_run:
+        for stage in layout.STAGES:
+            current = folder.stamp(stage)
+            if current is not None:  # a killed run may have begun to make a version of it
+                folder.fetch(stage, current.fingerprint)
     removed = []
     for stamp, kept in folder.versions():
         stage = next(s for s in layout.STAGES if s == stamp.stage)
         if stages is not None and stage not in stages:
             continue
-        for name in (layout.RECORD[stage], *layout.COMPANIONS[stage]):
+        # The record last: without it, nothing tells what the others are.
+        for name in (*layout.COMPANIONS[stage], layout.RECORD[stage]):
             if (kept / name).exists():
                 removed.append((kept / name, _size(kept / name)))
                 if not dry_run:

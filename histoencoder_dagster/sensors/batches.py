@@ -148,7 +148,8 @@ def next_batches(
         elif (failed := failure(slide_id)) is not None:
             if due_again(failed, now):
                 fresh.append(slide_id)
-        elif attempt.not_before <= now:
+        # A time farther off than any wait is that of a clock that was set back since.
+        elif not now < attempt.not_before <= now + LONGEST_WAIT:
             alone.append(slide_id)
     room = max(0, most_runs - in_flight.runs)
     batches = contiguous_batches(fresh, order, size=size)

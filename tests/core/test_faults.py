@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -238,13 +239,16 @@ def test_on_a_read_only_store_what_is_done_is_found_and_what_is_due_says_why(
         unmounted(folder)
 
 
-def test_while_the_folder_of_slides_is_away_nothing_is_lost(work: Work, disk: Path) -> None:
+def test_while_the_folder_of_slides_is_away_nothing_is_lost(
+    work: Work, disk: Path, tmp_path: Path
+) -> None:
     work.slides = disk / "slides"
     write_slides(work.slides)
     for make in list(work.stages().values())[:3]:
         make()
     work.describe("b")
     before = contents_of(work.store)
+    shutil.copytree(work.slides, tmp_path / "copies")
     unmounted(disk)
     for name in SLIDES:  # one of them is done already
         failure = failure_of(lambda: cut_tiles(work.store.slide(name), TILING))  # noqa: B023
@@ -253,7 +257,7 @@ def test_while_the_folder_of_slides_is_away_nothing_is_lost(work: Work, disk: Pa
     assert differences(contents_of(work.store), before) == ["b/failures.json"]
     assert set(Register(work.store).entries()) == set(SLIDES)
     mounted("-t", "tmpfs", "tmpfs", disk)
-    write_slides(work.slides)
+    shutil.copytree(tmp_path / "copies", work.slides)
     assert cut_tiles(work.store.slide("b"), TILING).made_now
     assert work.store.slide("b").failures() == {}
 

@@ -294,6 +294,96 @@ def test_a_run_killed_at_any_step_is_made_up_for_by_the_next(
     pytest.fail("the writer never came to an end")
 
 
+@pytest.mark.parametrize("images", [True, False])
+@pytest.mark.parametrize("images_after", [True, False])
+@pytest.mark.parametrize("work", ["write", "fetch"])
+def test_what_a_run_killed_at_any_step_began_can_be_taken_back(
+    store: Store, monkeypatch: pytest.MonkeyPatch, images: bool, images_after: bool, work: str
+) -> None:
+    """The settings are changed, the run that follows is killed, and the settings changed back."""
+    old, new = stamp_of("old"), stamp_of("new")
+    for steps in range(30):
+        folder = store.slide(f"killed-after-{steps}")
+        write_tiles(folder, old, images=images)
+        whole = contents(folder.path)
+        if work == "fetch":
+            write_tiles(folder, new, images=images_after)
+            assert folder.fetch("tiles", old.fingerprint)
+        with monkeypatch.context() as patch:
+            die_after(steps, patch)
+            try:
+                if work == "write":
+                    write_tiles(folder, new, images=images_after)
+                else:
+                    assert folder.fetch("tiles", new.fingerprint)
+                survived = True
+            except Killed:
+                survived = False
+        with folder.locked():
+            assert folder.fetch("tiles", old.fingerprint)
+        assert unversioned(folder) == whole
+        store.prune(slides=[folder.slide_id])
+        assert contents(folder.path) == whole
+        if survived:
+            assert steps > 3
+            return
+    pytest.fail("the writer never came to an end")
+
+
+@pytest.mark.parametrize("images", [True, False])
+def test_bringing_back_an_earlier_output_may_be_killed_at_any_step(
+    store: Store, monkeypatch: pytest.MonkeyPatch, images: bool
+) -> None:
+    old, new = stamp_of("old"), stamp_of("new")
+    for steps in range(30):
+        folder = store.slide(f"killed-after-{steps}")
+        write_tiles(folder, old, images=images)
+        whole = contents(folder.path)
+        write_tiles(folder, new, images=not images)
+        with monkeypatch.context() as patch:
+            die_after(steps, patch)
+            try:
+                survived = folder.fetch("tiles", old.fingerprint)
+            except Killed:
+                survived = False
+        with folder.locked():
+            assert folder.fetch("tiles", old.fingerprint)
+        assert unversioned(folder) == whole
+        if survived:
+            assert steps > 3
+            return
+    pytest.fail("the output never came back")
+
+
+def test_a_prune_that_was_killed_at_any_step_is_made_up_for_by_the_next(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for steps in range(30):
+        folder = store.slide(f"killed-after-{steps}")
+        write_tiles(folder, stamp_of("old"))
+        write_tiles(folder, stamp_of("new"))
+        whole = unversioned(folder)
+        with monkeypatch.context() as patch:
+            die_after(steps, patch)
+            try:
+                store.prune(slides=[folder.slide_id])
+                survived = True
+            except Killed:
+                survived = False
+        store.prune(slides=[folder.slide_id])
+        assert contents(folder.path) == whole
+        if survived:
+            assert steps > 2
+            return
+    pytest.fail("nothing was pruned")
+
+
+def unversioned(folder: SlideFolder) -> dict[str, bytes]:
+    """What is current in a slide's folder."""
+    found = contents(folder.path)
+    return {n: c for n, c in found.items() if not n.startswith((layout.VERSIONS, "."))}
+
+
 def die_after(steps: int, patch: pytest.MonkeyPatch) -> None:
     """Let only so many changes to the disk happen."""
     left = [steps]

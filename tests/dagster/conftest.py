@@ -312,11 +312,11 @@ def write_slide():
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that can be put forward: ``clock(seconds)``."""
-    passed = [0.0]
+    """A clock that can be put forward: ``clock(seconds)``, and set otherwise than time passes."""
+    passed = [0.0, 0.0]
     real, steady = time.time, time.monotonic
     shifted = SimpleNamespace(
-        time=lambda: real() + passed[0], monotonic=lambda: steady() + passed[0]
+        time=lambda: real() + passed[0], monotonic=lambda: steady() + passed[1]
     )
     for module in (
         "histoencoder_core.slides.arrivals",
@@ -325,8 +325,9 @@ def clock(monkeypatch):
     ):
         monkeypatch.setattr(f"{module}.time", shifted)
 
-    def put_forward(seconds):
+    def put_forward(seconds, *, steady=None):
         passed[0] += seconds
+        passed[1] += seconds if steady is None else steady
 
     return put_forward
 

@@ -160,6 +160,16 @@ def test_a_slide_whose_run_was_killed_is_asked_for_again_later_and_alone(deploym
     assert asked(deployment.tick("new_slides")) == [("a", "a"), ("b", "b")]
 
 
+def test_a_clock_that_was_set_back_puts_no_slide_off(deployment, clock):
+    deployment.drop("a")
+    deployment.tick("new_slides")
+    assert asked(deployment.tick("new_slides")) == [("a", "a")]  # whose run is then killed
+    deployment.instance.add_dynamic_partitions(SLIDES, ["a"])
+    clock(-365 * 86400, steady=0)
+    assert asked(deployment.tick("new_slides")) == [("a", "a")]
+    assert asked(deployment.tick("new_slides")) == []
+
+
 def test_a_slide_described_by_a_run_that_was_killed_before_it_told_is_not_lost(deployment, clock):
     deployment.drop("a")
     deployment.tick("new_slides")
