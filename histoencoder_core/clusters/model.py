@@ -257,17 +257,18 @@ def strike_slides(path: Path, slides: Collection[str]) -> None:
         path: The version's file.
         slides: Ids of the slides.
     """
-    stamp = read_stamp(path)
-    assert stamp is not None
-    seen = stamp.made_from["features"]
-    kept = {name: print_ for name, print_ in seen.items() if name not in slides}
-    struck = stamp.made_from.get(STRUCK, 0) + len(seen) - len(kept)
-    told = stamp.model_copy(
-        update={"made_from": {**stamp.made_from, "features": kept, STRUCK: struck}}
-    )
-    table = pq.read_table(path, partitioning=None)
-    with files.atomic_path(path) as temporary:
-        pq.write_table(told.on_table(table), temporary, compression="zstd")
+    with files.locked_to_write(path.parent):
+        stamp = read_stamp(path)
+        assert stamp is not None
+        seen = stamp.made_from["features"]
+        kept = {name: print_ for name, print_ in seen.items() if name not in slides}
+        struck = stamp.made_from.get(STRUCK, 0) + len(seen) - len(kept)
+        told = stamp.model_copy(
+            update={"made_from": {**stamp.made_from, "features": kept, STRUCK: struck}}
+        )
+        table = pq.read_table(path, partitioning=None)
+        with files.atomic_path(path) as temporary:
+            pq.write_table(told.on_table(table), temporary, compression="zstd")
 
 
 def _remedy(store: Store) -> str:

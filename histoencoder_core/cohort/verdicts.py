@@ -56,7 +56,8 @@ def judge_slides(store: Store, name: str, judge: Judge, *, rules: int) -> dict[s
         if sign:
             keep[slide_id] = [sign, verdict]
     if keep != before:
-        files.write_json(path, {str(rules): keep}, indent=None)
+        with files.locked_to_write(path):
+            files.write_json(path, {str(rules): keep}, indent=None)
     return verdicts
 
 
