@@ -7,7 +7,7 @@ catalog, with nothing new, 1 and 25 new slides; ``histoencoder status`` and ``sq
 the daemon and the web server on it all: memory, ticks, and what the web UI asks for.
 
 ``wall`` and ``cpu`` are seconds; of ticks, the daemon's own record is told too. Pictures in the
-event log are made tiny, as they would fill the disk; see ``overhead.py`` for what they take.
+event log are made tiny, as they would fill the disk.
 
 Usage: python benchmarks/scale.py [--slides N …] [--storage sqlite postgres] [--folder FOLDER] …
 """

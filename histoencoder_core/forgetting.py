@@ -147,6 +147,7 @@ def _of_many(store: Store) -> Iterator[Trace]:
         index_folder(store),
         store.arrivals_path,
         store.annotations_seen_path,
+        store.checks,
     ):
         if path == index_folder(store) and not slides_in_index(store):
             continue

@@ -36,7 +36,7 @@ def judge_slides(store: Store, name: str, judge: Judge, *, rules: int) -> dict[s
     Returns:
         The verdicts by slide, sorted.
     """
-    path = store.cohort / "checks" / f"{name}.json"
+    path = store.checks / f"{name}.json"
     before = _kept(path).get(str(rules), {})
     verdicts: dict[str, str | None] = {}
     keep = {}

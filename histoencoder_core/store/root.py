@@ -75,6 +75,11 @@ class Store:
         return self.cohort / "annotations_seen.json"
 
     @property
+    def checks(self) -> Path:
+        """What checks found in slides that have not changed since."""
+        return self.cohort / "checks"
+
+    @property
     def catalog_path(self) -> Path:
         """The published DuckDB catalog."""
         return self.cohort / "catalog.duckdb"
