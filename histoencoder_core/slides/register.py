@@ -19,6 +19,7 @@ from pathlib import Path
 from histoencoder_core.slides.content import signature
 from histoencoder_core.slides.find import FoundSlide
 from histoencoder_core.store import Store, files, layout
+from histoencoder_core.store.schema import begin_store
 
 log = logging.getLogger(__name__)
 
@@ -123,6 +124,7 @@ class Register:
     @contextmanager
     def _changing(self) -> Iterator[tuple[dict[str, Entry], dict[str, str]]]:
         """Change the register, while no other process does."""
+        begin_store(self.store.root)
         with files.locked_to_write(self.store.register_path):
             content = self._read()
             slides, aliases = dict(content.slides), dict(content.aliases)

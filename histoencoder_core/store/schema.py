@@ -50,6 +50,20 @@ def ensure_schema(root: Path) -> None:
     _checked.add(root)
 
 
+def begin_store(root: Path) -> None:
+    """Write the schema version of a store that is just being made; others are left as they are.
+
+    Args:
+        root: The store's folder, which need not exist yet.
+    """
+    if read_version(root) is not None:
+        return
+    with files.locked_to_write(_record(root)):
+        if not _record(root).exists():
+            files.write_json(_record(root), {"version": VERSION, "software": __version__})
+    _checked.add(root)
+
+
 def _bring_up_to_date(root: Path) -> None:
     with files.locked_to_write(_record(root)):
         version = read_version(root)  # another process may have done it meanwhile

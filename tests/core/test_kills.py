@@ -195,9 +195,6 @@ def reference(lines: CommandLines, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.mark.timeout(1500)
-@pytest.mark.xfail(
-    reason="the store differs from that of an undisturbed run: to be mended", strict=False
-)
 def test_killed_at_random_moments_the_command_line_makes_what_it_makes_undisturbed(
     lines: CommandLines, reference: Reference, tmp_path: Path
 ) -> None:
