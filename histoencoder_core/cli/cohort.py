@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from histoencoder_core.cli.tables import print_table
 from histoencoder_core.clusters import current_model
@@ -76,8 +76,10 @@ def status(input_dir: OptionalStore = None) -> None:
         found=find_in(deployment.slides)[0] if "slides" in deployment.model_fields_set else None,
     )
     counts = count_states(states)
-    table = Table(*counts.column_names, box=None)
-    for row in counts.to_pylist():
+    # Of eleven columns, a terminal of 80 characters would cut short the names.
+    shown = [n for n in counts.column_names if n == "stage" or any(counts[n].to_pylist())]
+    table = Table(*(Column(name, no_wrap=True) for name in shown), box=None)
+    for row in counts.select(shown).to_pylist():
         table.add_row(*(str(value) if value else "·" for value in row.values()))
     console = Console(soft_wrap=True)
     console.print(table)

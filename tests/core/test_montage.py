@@ -64,7 +64,7 @@ def test_tiles_stand_in_the_order_asked_for(
     shuffled = [tiles[i] for i in np.random.default_rng(0).permutation(len(tiles))]
     opened = []
     init = Slide.__init__
-    monkeypatch.setattr(Slide, "__init__", lambda s, p, b: opened.append(p) or init(s, p, b))
+    monkeypatch.setattr(Slide, "__init__", lambda s, p: opened.append(p) or init(s, p))
     asked = [*shuffled[:3], None, *shuffled[3:], shuffled[0]]
     picture = montage(store, asked, columns=4, side=SIDE)
     assert sorted(path.name for path in opened) == ["a.tiff", "b.tiff"]

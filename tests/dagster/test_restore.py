@@ -58,8 +58,8 @@ def test_nothing_is_computed_anew_from_a_backup(backed_up, home, tmp_path):
         model = deployment.metadata("cluster_model")["version"]
         assert deployment.run("cluster_model").success
         assert deployment.metadata("cluster_model")["version"] == model
-        assert deployment.run("catalog").success
-        assert deployment.metadata("catalog")["clusters_done"] == 3
+        assert deployment.run("catalog", "completeness").success
+        assert deployment.metadata("completeness")["clusters_done"] == 3
 
 
 def test_a_slide_that_came_after_the_backup_of_the_store_is_computed(backed_up, home, tmp_path):
