@@ -70,6 +70,11 @@ class Description:
     mpp_problem: str | None
     facts: dict[str, str]
 
+    @property
+    def identity(self) -> Content:
+        """The slide's content."""
+        return Content(self.sample, self.whole, self.content)
+
 
 def describe_slide(folder: SlideFolder, found: FoundSlide, row: SheetRow) -> Stamp:
     """Open a slide and write what it is, unless that is done already.
@@ -108,8 +113,11 @@ def describing(folder: SlideFolder, found: FoundSlide, row: SheetRow) -> Iterato
     Raises:
         SlideError: The file is not there.
     """
-    sheet = sheet_inputs(row)
-    inputs: dict[str, Any] = {"path": str(found.path), "relative_path": found.relative}
+    inputs: dict[str, Any] = {
+        "path": str(found.path),
+        "relative_path": found.relative,
+        "sheet": sheet_inputs(row),
+    }
     try:
         if not files.is_text(str(found.path)):
             told = str(found.path).encode("utf-8", "backslashreplace").decode()
@@ -121,10 +129,9 @@ def describing(folder: SlideFolder, found: FoundSlide, row: SheetRow) -> Iterato
             inputs["size"], inputs["mtime_ns"] = signature(found.path)
         except FileNotFoundError as error:
             raise _not_there(found.path) from error
-        inputs["sheet"] = sheet
         yield inputs
     except Exception as error:
-        folder.record_failure("slides", error, inputs={**inputs, "sheet": sheet})
+        folder.record_failure("slides", error, inputs=inputs)
         raise
 
 
@@ -145,7 +152,7 @@ def content_of(folder: SlideFolder, slide: Slide, inputs: dict[str, Any]) -> Con
     before, quickhash = read_description(folder), slide.properties.get("quickhash")
     if before is None:
         return Content.of(slide.path, quickhash=quickhash)
-    former = Content(before.sample, before.whole, before.content)
+    former = before.identity
     if before.path != inputs["path"]:
         now = Content.of(slide.path, quickhash=quickhash)
         return former if former.is_that_of(slide.path, now) else now

@@ -81,9 +81,10 @@ def receive_slide(store: Store, slide_id: str, found: FoundSlide, sheet: Sheet) 
                     _set_aside(folder, other, original, inputs)
                     return Received(slide_id, duplicate_of=other)
             if other is None:
-                stamp = write_description(folder, slide, row, inputs, content)
+                # Before it is described: a process that is killed in between must not leave a
+                # slide that is told to be a copy.
                 files.remove(folder.file(layout.DUPLICATE))
-                return Received(slide_id, stamp)
+                return Received(slide_id, write_description(folder, slide, row, inputs, content))
     row = sheet.row(other, relative=found.relative)
     return Received(other, describe_slide(store.slide(other), found, row))
 
@@ -95,19 +96,12 @@ def _other_owner(
     owner = contents.owner(content.sample)
     if owner is None or owner == slide_id:
         return None
-    known = _content_of(contents.store, owner)
-    if known is None:
+    described = read_description(contents.store.slide(owner))
+    if described is None:
         # It is being described right now, or its run was killed and it is still owed.
         entry = Register(contents.store).entries().get(owner)
         return owner if entry is not None and Path(entry.path).exists() else None
-    return owner if known.is_that_of(found.path, content) else None
-
-
-def _content_of(store: Store, slide_id: str) -> Content | None:
-    described = read_description(store.slide(slide_id))
-    if described is None:
-        return None
-    return Content(described.sample, described.whole, described.content)
+    return owner if described.identity.is_that_of(found.path, content) else None
 
 
 def _is_gone(store: Store, slide_id: str) -> bool:

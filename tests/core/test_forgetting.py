@@ -15,7 +15,7 @@ from searching import found_in
 from histoencoder_core.clusters import current_model, feature_files
 from histoencoder_core.clusters.fit import model_stamp
 from histoencoder_core.clusters.model import find_version
-from histoencoder_core.cohort import publish_catalog
+from histoencoder_core.cohort import judge_slides, publish_catalog
 from histoencoder_core.errors import StoreError
 from histoencoder_core.forgetting import still_known, traces
 from histoencoder_core.report import FIGURES
@@ -37,6 +37,7 @@ def grown_once(cohort_store: Store, tmp_path_factory: pytest.TempPathFactory) ->
     fit_umap(store, store.slide_ids(), model)
     tile_index(store, feature_files(store))
     FIGURES["composition"](store)
+    judge_slides(store, "tissue", lambda _: "", rules=1)
     (store.cohort / "report.html").write_text(f"<p>{GONE}</p>")
     (store.cohort / "evaluation.json").write_text(json.dumps({"slides": [GONE]}))
     (store.cohort / ".catalog.duckdb.1-0123abcd.tmp").write_bytes(store.catalog_path.read_bytes())

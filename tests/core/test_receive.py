@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from making import contents, tissue_pixels, write_tiff
@@ -12,6 +13,7 @@ from making import contents, tissue_pixels, write_tiff
 from histoencoder_core.errors import SlideError
 from histoencoder_core.settings import TilingSettings
 from histoencoder_core.slides import Received, Register, Sheet, content, receive_slide
+from histoencoder_core.slides import receive as receive_module
 from histoencoder_core.slides.arrivals import Arrivals
 from histoencoder_core.slides.find import find_slides
 from histoencoder_core.store import Store
@@ -98,6 +100,26 @@ def test_a_copy_that_becomes_another_slide_is_described(store: Store, scans: Pat
     scan(scans / "b.tiff", seed=1)
     told = receive(store, scans)["b.tiff"]
     assert (told.slide, told.duplicate_of) == ("b", None)
+    assert store.slide("b").duplicate() is None
+
+
+def test_a_copy_that_becomes_another_slide_is_no_copy_even_after_a_kill(
+    store: Store, scans: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copyfile(scan(scans / "a.tiff"), scans / "b.tiff")
+    assert receive(store, scans)["b.tiff"].duplicate_of == "a"
+    scan(scans / "b.tiff", seed=1)
+    real = receive_module.write_description
+
+    def killed(*arguments: Any) -> None:
+        real(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(receive_module, "write_description", killed)
+        with pytest.raises(KeyboardInterrupt):
+            receive(store, scans)
+    assert receive(store, scans)["b.tiff"].duplicate_of is None
     assert store.slide("b").duplicate() is None
 
 
