@@ -19,7 +19,7 @@ from typing import Any
 
 import dagster as dg
 import sqlalchemy as sa
-from dagster import DagsterRunStatus, RunsFilter
+from dagster import RunsFilter
 from dagster._core.execution.backfill import BulkActionStatus
 from dagster._core.storage.event_log.schema import (
     AssetCheckExecutionsTable,
@@ -49,16 +49,9 @@ from dagster._core.storage.schedules.sql_schedule_storage import SqlScheduleStor
 
 from histoencoder_core.errors import NOTHING_FOUND, HistoEncoderError
 from histoencoder_core.store import files
-from histoencoder_dagster.partitions import PARTITION, RANGE_END, RANGE_START, SLIDES
+from histoencoder_dagster.partitions import PARTITION, RANGE_END, RANGE_START, SLIDES, UNFINISHED
 from histoencoder_dagster.redaction import Redaction, covered
 
-_UNFINISHED = [
-    DagsterRunStatus.QUEUED,
-    DagsterRunStatus.NOT_STARTED,
-    DagsterRunStatus.STARTING,
-    DagsterRunStatus.STARTED,
-    DagsterRunStatus.CANCELING,
-]
 _UNFINISHED_BACKFILLS = [
     BulkActionStatus.REQUESTED,
     BulkActionStatus.CANCELING,
@@ -171,7 +164,7 @@ def _refuse_unfinished(
     instance: dg.DagsterInstance, runs: SqlRunStorage, redaction: Redaction
 ) -> None:
     """Make sure that nothing writes what is about to be removed."""
-    for run in instance.get_runs(RunsFilter(statuses=_UNFINISHED)):
+    for run in instance.get_runs(RunsFilter(statuses=UNFINISHED)):
         of = covered(dict(run.tags), redaction.order)
         if not of or redaction.slides.intersection(of):
             raise HistoEncoderError(

@@ -80,6 +80,7 @@ class Look:
     Attributes:
         ready: Slides to take up, the oldest file first.
         registered: Ids of all slides that are registered.
+        aliases: Ids of files that turned out to be slides known by another id.
         described: Slides that are described as they are now.
         waiting: Files that are not whole yet.
         absent: Slides whose file is gone.
@@ -90,6 +91,7 @@ class Look:
 
     ready: list[Ready]
     registered: list[str]
+    aliases: list[str]
     described: list[str]
     waiting: list[Waiting]
     absent: list[str]
@@ -165,7 +167,8 @@ class Arrivals:
             What was found.
         """
         now = time.time()
-        entries = Register(self.store).entries()
+        registered = Register(self.store).read()
+        entries = registered.slides
         by_path = {entry.path: slide_id for slide_id, entry in entries.items()}
         here, away = find_in(self.folders)
         signs = _signatures(here)
@@ -200,6 +203,7 @@ class Arrivals:
         return Look(
             ready=sorted(ready, key=lambda it: (it.signature[1], it.found.relative)),
             registered=list(entries),
+            aliases=list(registered.aliases),
             described=described,
             waiting=waiting,
             absent=_absent(entries, by_id, away),

@@ -116,10 +116,20 @@ def _signs(
     Where there is no time to read a slide's tiles, it is taken for what it was; it comes next time.
     """
     end = time.monotonic() + LOOKING_SECONDS
-    signs = {
-        s: seen.get(s) if _is_unread(store, s) and time.monotonic() > end else _said(store, s, said)
-        for s in said.slides()
-    }
+    signs: dict[str, str | None] = {}
+    for slide_id in said.slides():
+        path = store.slide(slide_id).record("tiles")
+        put = _put_in_place(path)
+        known = None if put is None else _read.get(str(path))
+        if put is not None and (known is None or known[0] != put):
+            if time.monotonic() > end:
+                signs[slide_id] = seen.get(slide_id)
+                continue
+            stamp = read_stamp(path)
+            known = _read[str(path)] = (put, None if stamp is None else stamp.fingerprint)
+        tiles = None if known is None else known[1]
+        there = tiles is not None or tile_source(store, slide_id) is not None
+        signs[slide_id] = fingerprint([said.signature(slide_id), tiles])[:16] if there else None
     found = {slide_id: sign for slide_id, sign in signs.items() if sign is not None}
     if said.folder is not None and said.folder.is_dir():
         # Of 50,000 slides, few were ever annotated.
@@ -162,27 +172,6 @@ def _remember(store: Store, seen: dict[str, str], before: dict[str, str]) -> str
         with files.locked_to_write(store.annotations_seen_path):
             files.write_json(store.annotations_seen_path, seen, indent=None)
     return fingerprint(seen)
-
-
-def _said(store: Store, slide_id: str, said: Annotations) -> str | None:
-    """What labels would be made from, as far as can be told cheaply; None if there are no tiles."""
-    path = store.slide(slide_id).record("tiles")
-    put, tiles = _put_in_place(path), None
-    if put is not None:
-        if _read.get(str(path), (None,))[0] != put:
-            stamp = read_stamp(path)
-            _read[str(path)] = (put, None if stamp is None else stamp.fingerprint)
-        tiles = _read[str(path)][1]
-    if tiles is None and tile_source(store, slide_id) is None:
-        return None
-    return fingerprint([said.signature(slide_id), tiles])[:16]
-
-
-def _is_unread(store: Store, slide_id: str) -> bool:
-    """Whether a slide's tiles must be opened to tell what they are."""
-    path = store.slide(slide_id).record("tiles")
-    put = _put_in_place(path)
-    return put is not None and _read.get(str(path), (None,))[0] != put
 
 
 def _put_in_place(path: Path) -> tuple[int, int] | None:

@@ -11,22 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import dagster as dg
-from dagster import DagsterRunStatus, RunsFilter
+from dagster import RunsFilter
 
 from histoencoder_core.store.failures import FIRST_WAIT, LONGEST_WAIT, due_again
-from histoencoder_dagster.partitions import PARTITION, RANGE_END, RANGE_START
+from histoencoder_dagster.partitions import PARTITION, RANGE_END, RANGE_START, UNFINISHED
 
 LOOKING_SECONDS = 2.0
 """Time that a tick may read slides' folders in. After a restart it takes several ticks to have read
 those of a large archive."""
-
-_UNFINISHED = [
-    DagsterRunStatus.QUEUED,
-    DagsterRunStatus.NOT_STARTED,
-    DagsterRunStatus.STARTING,
-    DagsterRunStatus.STARTED,
-    DagsterRunStatus.CANCELING,
-]
 
 
 @dataclass(frozen=True)
@@ -98,7 +90,7 @@ class InFlight:
             job_name: The job.
             order: All partition keys in Dagster's order.
         """
-        runs = instance.get_runs(RunsFilter(job_name=job_name, statuses=_UNFINISHED))
+        runs = instance.get_runs(RunsFilter(job_name=job_name, statuses=UNFINISHED))
         place = {key: i for i, key in enumerate(order)} if runs else {}
         found: set[str] = set()
         for run in runs:

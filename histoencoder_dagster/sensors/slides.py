@@ -83,8 +83,7 @@ def new_slides(
     told = json.dumps({"attempts": attempts.told(), "tiles": tiles})
     _warn(context, look, now)
     new = [slide_id for slide_id in new if slide_id in asked]
-    # Ids of files that turned out to be slides known by another id.
-    aliases = [s for s in Register(store).aliases() if s in known and s not in in_flight.slides]
+    aliases = [s for s in look.aliases if s in known and s not in in_flight.slides]
     changes: list[dg.AddDynamicPartitionsRequest | dg.DeleteDynamicPartitionsRequest] = []
     if new:
         changes.append(slide_partitions.build_add_request(new))
