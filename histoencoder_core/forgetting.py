@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from histoencoder_core.annotate.evaluation import evaluation_path
+from histoencoder_core.buckets import drop_copy, find_copy
 from histoencoder_core.clusters.model import models_of, strike_slides
 from histoencoder_core.cohort.catalog import forget_slides, slides_in_catalog
 from histoencoder_core.similar.index import index_folder, slides_in_index
@@ -57,7 +58,13 @@ def traces(store: Store, slides: Sequence[str]) -> list[Trace]:
     Raises:
         StoreError: An id can't be a slide's.
     """
+    entries = Register(store).entries()
     own = [trace for slide_id in slides for trace in _own(store.slide(slide_id))]
+    own += [
+        Trace(copy, "is a copy, and is removed", partial(drop_copy, copy))
+        for s in slides
+        if s in entries and (copy := find_copy(Path(entries[s].path))) is not None
+    ]
     named = [
         *_in_models(store, slides),
         *_in_contents(store, slides),

@@ -9,13 +9,15 @@ with the prefix ``HISTOENCODER_`` (nested values with two underscores:
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from histoencoder_core.buckets import Bucket, as_bucket_url
+from histoencoder_core.fingerprint import fingerprint
 
 Precision = Literal["float32", "float16", "bfloat16"]
 """Types that an encoder can compute in."""
@@ -25,23 +27,6 @@ Backend = Literal["eager", "compile", "openvino"]
 
 N_CLUSTERS = (8, 16, 24, 32, 64, 128)
 """The numbers of clusters that HistoEncoder's command line computes by default."""
-
-
-def fingerprint(value: Any) -> str:
-    """Hash a JSON-like value into 64 hexadecimal digits.
-
-    Args:
-        value: Anything that `json.dumps` takes; the order of a mapping's keys does not matter.
-
-    Returns:
-        The SHA-256 of the value's canonical JSON form.
-
-    Example:
-        >>> fingerprint({"b": 1, "a": 2}) == fingerprint({"a": 2, "b": 1})
-        True
-    """
-    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 class StageSettings(BaseModel):
@@ -242,12 +227,16 @@ class PlatformSettings(BaseSettings):
     """Where things are on this deployment, and what it asks of each stage.
 
     Attributes:
-        slides: Folders that scanners write to, searched with their sub-folders: a path, or several
-            as a JSON list. The first holds ``slides.csv`` and ``annotations``.
+        slides: Folders that scanners write to, searched with their sub-folders, or prefixes of
+            buckets such as ``s3://hospital/scans``: one, or several as a JSON list. The first holds
+            ``slides.csv`` and ``annotations``.
         store: Folder of all outputs.
         annotations: Folder of GeoJSON, mask and CSV annotations; ``<slides>/annotations`` if not
             given.
         sheet: The ``slides.csv``; ``<slides>/slides.csv`` if not given and there.
+        bucket_copies: Folder of the copies of slides that lie in buckets.
+        bucket_copies_gb: What these copies may take, in GB (10⁹ bytes). Those that were not used
+            for longest make room for others.
         weights: Folder of encoder weights, also the download cache.
         weights_url: Mirror to fetch weights from before their published address; may hold a
             ``user:password@``, which is never told.
@@ -271,13 +260,21 @@ class PlatformSettings(BaseSettings):
     """
 
     model_config = SettingsConfigDict(
-        env_prefix="HISTOENCODER_", env_nested_delimiter="__", frozen=True, extra="ignore"
+        env_prefix="HISTOENCODER_",
+        env_nested_delimiter="__",
+        frozen=True,
+        extra="ignore",
+        hide_input_in_errors=True,  # it may hold a password
     )
 
-    slides: Annotated[tuple[Path, ...], NoDecode] = Field(default=(Path("slides"),), min_length=1)
+    slides: Annotated[tuple[Path | str, ...], NoDecode] = Field(
+        default=(Path("slides"),), min_length=1
+    )
     store: Path = Path("store")
     annotations: Path | None = None
     sheet: Path | None = None
+    bucket_copies: Path = Path("~/.cache/histoencoder/buckets")
+    bucket_copies_gb: float = Field(default=100.0, gt=0)
     weights: Path = Path("~/.cache/histoencoder")
     weights_url: SecretStr | None = None
     weights_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
@@ -305,20 +302,37 @@ class PlatformSettings(BaseSettings):
     def _one_or_several(cls, value: Any) -> Any:
         """A single folder needs no JSON around it."""
         if isinstance(value, str) and value.lstrip().startswith("["):
-            return json.loads(value)
-        return [value] if isinstance(value, str | Path) else value
+            value = json.loads(value)
+        several = [value] if isinstance(value, str | Path) else value
+        return [as_bucket_url(one) or Path(one) if isinstance(one, str) else one for one in several]
+
+    @property
+    def sources(self) -> tuple[Path | Bucket, ...]:
+        """Where slides are looked for."""
+        folder = self.bucket_copies.expanduser().absolute()
+        max_bytes = int(self.bucket_copies_gb * 1e9)
+        return tuple(
+            Bucket(one, folder=folder, max_bytes=max_bytes) if isinstance(one, str) else one
+            for one in self.slides
+        )
+
+    @property
+    def _first_folder(self) -> Path:
+        """What holds ``slides.csv`` and ``annotations`` unless they are elsewhere."""
+        first = self.sources[0]
+        return first.listed if isinstance(first, Bucket) else first
 
     @property
     def annotations_folder(self) -> Path:
         """The folder of annotations, whether or not it exists."""
-        return self.annotations or self.slides[0] / "annotations"
+        return self.annotations or self._first_folder / "annotations"
 
     @property
     def sheet_path(self) -> Path | None:
         """The ``slides.csv`` in use, if there is one."""
         if self.sheet is not None:
             return self.sheet
-        beside = self.slides[0] / "slides.csv"
+        beside = self._first_folder / "slides.csv"
         return beside if beside.is_file() else None
 
     @property

@@ -47,14 +47,14 @@ class Platform:
 
     def register_slides(self) -> dict[str, FoundSlide]:
         """Find all slides and give the new ones their ids."""
-        found, _ = find_in(self.settings.slides)
+        found, _ = find_in(self.settings.sources)
         return Register(self.store).assign(found)
 
     @functools.cached_property
     def arrivals(self) -> Arrivals:
-        """The folders of slides, watched by this process."""
+        """The folders and buckets of slides, watched by this process."""
         return Arrivals(
-            self.store, self.settings.slides, settle_seconds=self.settings.settle_seconds
+            self.store, self.settings.sources, settle_seconds=self.settings.settle_seconds
         )
 
     def refresh_catalog(self) -> CatalogSummary:

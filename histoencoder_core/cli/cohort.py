@@ -73,7 +73,7 @@ def status(input_dir: OptionalStore = None) -> None:
         store,
         model=current_model(store),
         **expected(deployment),
-        found=find_in(deployment.slides)[0] if "slides" in deployment.model_fields_set else None,
+        found=find_in(deployment.sources)[0] if "slides" in deployment.model_fields_set else None,
     )
     counts = count_states(states)
     # Of eleven columns, a terminal of 80 characters would cut short the names.
@@ -93,8 +93,8 @@ def status(input_dir: OptionalStore = None) -> None:
         day = datetime.fromtimestamp(since, UTC).astimezone()
         told = f"absent: {slide_id}: its file is gone since {day:%Y-%m-%d %H:%M}; its results stay"
         console.print(told, markup=False)
-    for folder in arrivals["away"]:
-        console.print(f"away: {folder}: the folder of slides is not there", markup=False)
+    for away in arrivals["away"]:
+        console.print(f"away: {away}", markup=False)
     if any(state.state in {"failed", "missing"} for state in states) or not states:
         raise typer.Exit(1)
 

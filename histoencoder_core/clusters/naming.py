@@ -17,7 +17,8 @@ from typing import Literal
 
 from histoencoder_core.clusters.model import ClusterModel, current_model
 from histoencoder_core.errors import LabelError, SettingsError
-from histoencoder_core.settings import AnnotationSettings, fingerprint
+from histoencoder_core.fingerprint import fingerprint
+from histoencoder_core.settings import AnnotationSettings
 from histoencoder_core.store import Stamp, Store, files
 
 ANNOTATIONS_ALGORITHM = 1

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from histoencoder_core.cohort.completeness import StageState
-from histoencoder_core.settings import fingerprint
+from histoencoder_core.fingerprint import fingerprint
 from histoencoder_core.slides import FoundSlide
 from histoencoder_core.slides.arrivals import read_arrivals
 from histoencoder_core.slides.register import Entry

@@ -12,7 +12,7 @@ from string import Template
 import duckdb
 import pyarrow as pa
 
-from histoencoder_core.settings import fingerprint
+from histoencoder_core.fingerprint import fingerprint
 
 SCRIPTS = (
     "tables", "clusters", "statistics", "cluster_purity", "coverage", "cluster_spread",

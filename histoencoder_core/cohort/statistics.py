@@ -30,7 +30,7 @@ from scipy.stats import random_table
 
 from histoencoder_core.cohort.database import numbers_of_clusters
 from histoencoder_core.cohort.query import attached
-from histoencoder_core.settings import fingerprint
+from histoencoder_core.fingerprint import fingerprint
 from histoencoder_core.store import Stamp, Store, files
 from histoencoder_core.store.stamp import read_stamp
 from histoencoder_core.store.tables import read_table

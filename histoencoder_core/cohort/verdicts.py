@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from histoencoder_core.cohort.changes import Scan
 from histoencoder_core.errors import HistoEncoderError
-from histoencoder_core.settings import fingerprint
+from histoencoder_core.fingerprint import fingerprint
 from histoencoder_core.store import SlideFolder, Store, files
 
 log = logging.getLogger(__name__)

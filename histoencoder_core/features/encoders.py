@@ -15,7 +15,8 @@ from histoencoder_core.errors import SettingsError, WeightsError, without_creden
 from histoencoder_core.features import hub, weights
 from histoencoder_core.features.pathmnist import build_densenet121, fetch_capricorn
 from histoencoder_core.features.xcit import check_num_blocks, extract_features
-from histoencoder_core.settings import EncoderSettings, PlatformSettings, Precision, fingerprint
+from histoencoder_core.fingerprint import fingerprint
+from histoencoder_core.settings import EncoderSettings, PlatformSettings, Precision
 
 ARCHITECTURES = {
     "prostate_small": "xcit_small_12_p16_224",

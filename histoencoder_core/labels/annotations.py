@@ -14,10 +14,10 @@ from typing import Any
 import shapely
 
 from histoencoder_core.errors import LabelError
+from histoencoder_core.fingerprint import fingerprint
 from histoencoder_core.labels.geojson import read_geojson
 from histoencoder_core.labels.masks import RULES, Mask, MaskRule, MaskValues, read_rules
 from histoencoder_core.labels.tables import Told, index_table, read_table
-from histoencoder_core.settings import fingerprint
 from histoencoder_core.slides import read_description
 from histoencoder_core.slides.content import content_fingerprint
 from histoencoder_core.slides.register import Register, plain_id

@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from histoencoder_core.errors import StoreError
+from histoencoder_core.fingerprint import fingerprint
 from histoencoder_core.report import sections as parts
 from histoencoder_core.report.facts import NO_CLUSTERS, Facts, read_facts, rows_of
 from histoencoder_core.report.figure import UNTRAINED, Figure
@@ -19,7 +20,6 @@ from histoencoder_core.report.markup import bullets, paragraph
 from histoencoder_core.report.purity_curve import read_coverage
 from histoencoder_core.report.sections import Section
 from histoencoder_core.report.style import STYLE
-from histoencoder_core.settings import fingerprint
 from histoencoder_core.store import Stamp, Store, files
 from histoencoder_core.store.stamp import KEY
 

@@ -1,4 +1,4 @@
-"""Watching the folders of slides: what has arrived, what is still being written, what is gone.
+"""Watching folders and buckets of slides: what arrived, what is still being written, what is gone.
 
 ::
 
@@ -22,7 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from histoencoder_core.settings import fingerprint
+from histoencoder_core.buckets import Bucket, BucketAwayError
+from histoencoder_core.fingerprint import fingerprint
 from histoencoder_core.slides.content import signature
 from histoencoder_core.slides.describe import was_tried
 from histoencoder_core.slides.find import FoundSlide, find_slides, missing_part
@@ -34,11 +35,17 @@ from histoencoder_core.store.failures import due_again
 NEVER_SETTLES = 3600.0
 """Seconds after which a file that is still not whole is worth a warning."""
 
+LISTING_SECONDS = 1.0
+"""Time that a look waits for the list of a bucket, and takes to write down what is new in it."""
+
 _AT_LEAST = 100
 """Slides' folders that each look reads if need be."""
 
 Signature = tuple[int, int]
 """Size in bytes and modification time in nanoseconds."""
+
+Source = Path | Bucket
+"""Where slides are looked for."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,7 @@ class Look:
         described: Slides that are described as they are now.
         waiting: Files that are not whole yet.
         absent: Slides whose file is gone.
-        away: Folders of slides that are not there: of their slides nothing is known.
+        away: Folders of slides that are not there, and why: of their slides nothing is known.
         retry: Slides with a later stage that failed and may be tried again now, by stage.
         unlooked: Number of slides that there was no time to look into; they come next.
     """
@@ -95,7 +102,7 @@ class Look:
     described: list[str]
     waiting: list[Waiting]
     absent: list[str]
-    away: list[Path]
+    away: dict[Path, str]
     retry: dict[str, list[str]]
     unlooked: int
 
@@ -142,16 +149,16 @@ class _Reading:
 
 
 class Arrivals:
-    """The folders of slides, from one look to the next.
+    """The folders and buckets of slides, from one look to the next.
 
     Attributes:
         store: The store that slides are taken up into.
-        folders: The folders of slides.
+        sources: The folders and buckets.
         settle_seconds: A file must have been left alone for so long.
     """
 
-    def __init__(self, store: Store, folders: Sequence[Path], *, settle_seconds: float) -> None:
-        self.store, self.folders, self.settle_seconds = store, folders, settle_seconds
+    def __init__(self, store: Store, sources: Sequence[Source], *, settle_seconds: float) -> None:
+        self.store, self.sources, self.settle_seconds = store, sources, settle_seconds
         self._stillness: dict[str, _Stillness] = {}
         self._folders: dict[str, _Folder] = {}
 
@@ -170,7 +177,7 @@ class Arrivals:
         registered = Register(self.store).read()
         entries = registered.slides
         by_path = {entry.path: slide_id for slide_id, entry in entries.items()}
-        here, away = find_in(self.folders)
+        here, away = find_in(self.sources)
         signs = _signatures(here)
         reading = _Reading(time.monotonic() + seconds)
         by_id = {by_path[path]: sign for path, sign in signs.items() if path in by_path}
@@ -274,20 +281,28 @@ class Arrivals:
         return found
 
 
-def find_in(folders: Iterable[Path]) -> tuple[list[FoundSlide], list[Path]]:
-    """Find the slides in several folders.
+def find_in(sources: Iterable[Source]) -> tuple[list[FoundSlide], dict[Path, str]]:
+    """Find the slides in several folders and buckets.
 
     Returns:
-        The slides, each once even if one folder lies in another; the folders that are not there.
+        The slides, each once even if one folder lies in another; the folders that are not there,
+        or stand for a bucket that can't be listed, and why.
     """
     found: dict[Path, FoundSlide] = {}
-    away = []
-    for folder in folders:
+    away: dict[Path, str] = {}
+    for source in sources:
+        folder = source.listed if isinstance(source, Bucket) else source
+        try:
+            if isinstance(source, Bucket):
+                source.list_anew(seconds=LISTING_SECONDS)
+        except BucketAwayError as error:
+            away[folder] = str(error)
+            continue
         if folder.is_dir():
             for slide in find_slides(folder):
                 found.setdefault(slide.path, slide)
         else:
-            away.append(folder)
+            away[folder] = f"{folder}: the folder of slides is not there"
     return list(found.values()), away
 
 
@@ -308,7 +323,7 @@ def write_arrivals(store: Store, look: Look) -> None:
             if it.slide is None
         ],
         "absent": {slide_id: before["absent"].get(slide_id, now) for slide_id in look.absent},
-        "away": [str(folder) for folder in look.away],
+        "away": list(look.away.values()),
     }
     if content != before:
         with files.locked_to_write(store.arrivals_path):
@@ -347,7 +362,7 @@ def _is_done(folder: _Folder, there: Mapping[str, Signature], now: float) -> boo
 
 
 def _absent(
-    entries: Mapping[str, Entry], there: Mapping[str, Signature], away: Sequence[Path]
+    entries: Mapping[str, Entry], there: Mapping[str, Signature], away: Iterable[Path]
 ) -> list[str]:
     """Slides whose file is gone from a folder that is there."""
     roots = tuple(f"{os.path.abspath(folder)}{os.sep}" for folder in away)  # noqa: PTH100

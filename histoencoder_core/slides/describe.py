@@ -151,14 +151,14 @@ def content_of(folder: SlideFolder, slide: Slide, inputs: dict[str, Any]) -> Con
     """Identify the content of an open slide, in the light of its former description."""
     before, quickhash = read_description(folder), slide.properties.get("quickhash")
     if before is None:
-        return Content.of(slide.path, quickhash=quickhash)
+        return Content.of(slide.copy, quickhash=quickhash)
     former = before.identity
     if before.path != inputs["path"]:
-        now = Content.of(slide.path, quickhash=quickhash)
-        return former if former.is_that_of(slide.path, now) else now
+        now = Content.of(slide.copy, quickhash=quickhash)
+        return former if former.is_that_of(slide.copy, now) else now
     if (before.size, before.mtime_ns) == (inputs["size"], inputs["mtime_ns"]):
         return former
-    return Content.of(slide.path, quickhash=quickhash, before=former)
+    return Content.of(slide.copy, quickhash=quickhash, before=former)
 
 
 def write_description(

@@ -11,7 +11,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-import pydicom
+from pydicom.filereader import read_partial
+from pydicom.tag import Tag
 
 from histoencoder_core.store import layout
 
@@ -26,6 +27,7 @@ OF_MANY_FILES = frozenset([".mrxs", ".vms", ".vmu", ".dcm"])
 
 _NOT_SLIDES = ("annotations",)
 _SLIDEDAT = "Slidedat.ini"
+_SERIES = Tag("SeriesInstanceUID")
 
 
 @dataclass(frozen=True)
@@ -213,9 +215,9 @@ def _series(path: Path) -> str:
 def _dicom_series(path: str, size: int, mtime_ns: int) -> str:  # noqa: ARG001 - the cache's key
     # Not by a native reader: nothing is known of the file yet, and finding it must be safe.
     try:
-        header = pydicom.dcmread(
-            path, stop_before_pixels=True, specific_tags=["SeriesInstanceUID"], force=False
-        )
+        with Path(path).open("rb") as file:
+            # Of a slide in a bucket, only the beginning is here.
+            header = read_partial(file, stop_when=lambda tag, *_: tag > _SERIES)
         return str(header.SeriesInstanceUID)
     except Exception:  # noqa: BLE001 - whatever it is, it is found out when the slide is opened
         return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 from types import TracebackType
@@ -12,9 +13,11 @@ import numpy as np
 from histoprep import SlideReader
 from histoprep._backend import SlideReaderBackend
 
+from histoencoder_core.buckets import copied
 from histoencoder_core.decoding.facts import Region
 from histoencoder_core.decoding.readers import SlideReading
 from histoencoder_core.errors import SlideError
+from histoencoder_core.slides.find import parts_of
 
 _LFS = b"version https://git-lfs"
 _STRIP_ROWS = 1024
@@ -74,6 +77,7 @@ class Slide:
 
     Attributes:
         path: The slide's file.
+        copy: The file that is read: the same, unless the slide lies in a bucket.
         width: Width in level-0 pixels.
         height: Height in level-0 pixels.
         downsamples: Downsample (x, y) of each level, finest first.
@@ -84,7 +88,10 @@ class Slide:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._reader = SlideReader(path, backend=_ProcessBackend)
+        with contextlib.ExitStack() as held:
+            self.copy = held.enter_context(copied(parts_of(path)))
+            self._reader = SlideReader(self.copy, backend=_ProcessBackend)
+            self._held = held.pop_all()
         # The backend is HistoPrep's private attribute only because it has no public name.
         self._reading: SlideReading = self._reader._backend.reading
         facts = self._reading.facts
@@ -104,6 +111,7 @@ class Slide:
         trace: TracebackType | None,
     ) -> None:
         self._reading.close()
+        self._held.close()
 
     @property
     def level_sizes(self) -> list[tuple[int, int]]:

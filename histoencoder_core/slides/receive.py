@@ -70,7 +70,7 @@ def receive_slide(store: Store, slide_id: str, found: FoundSlide, sheet: Sheet) 
         with open_slide(found.path) as slide:
             content = content_of(folder, slide, inputs)
             with contents.locked():
-                other = _other_owner(contents, slide_id, found, content)
+                other = _other_owner(contents, slide_id, slide.copy, content)
                 if other is None:
                     _hand_over(contents, folder, slide_id, content)
                 elif _is_gone(store, other):
@@ -89,9 +89,7 @@ def receive_slide(store: Store, slide_id: str, found: FoundSlide, sheet: Sheet) 
     return Received(other, describe_slide(store.slide(other), found, row))
 
 
-def _other_owner(
-    contents: Contents, slide_id: str, found: FoundSlide, content: Content
-) -> str | None:
+def _other_owner(contents: Contents, slide_id: str, path: Path, content: Content) -> str | None:
     """Another slide that has this content; None if there is none."""
     owner = contents.owner(content.sample)
     if owner is None or owner == slide_id:
@@ -101,7 +99,7 @@ def _other_owner(
         # It is being described right now, or its run was killed and it is still owed.
         entry = Register(contents.store).entries().get(owner)
         return owner if entry is not None and Path(entry.path).exists() else None
-    return owner if described.identity.is_that_of(found.path, content) else None
+    return owner if described.identity.is_that_of(path, content) else None
 
 
 def _is_gone(store: Store, slide_id: str) -> bool:

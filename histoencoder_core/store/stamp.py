@@ -16,7 +16,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from histoencoder_core import __version__
-from histoencoder_core.settings import fingerprint
+from histoencoder_core.fingerprint import fingerprint
 from histoencoder_core.store.files import read_json
 
 KEY = "histoencoder"

@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from histoencoder_core.decoding.images import IMAGE_FORMATS, image_size
 from histoencoder_core.errors import SlideError, StoreError
-from histoencoder_core.settings import fingerprint
+from histoencoder_core.fingerprint import fingerprint
 from histoencoder_core.slides import read_description, unchanged
 from histoencoder_core.store import SlideFolder, Stamp, Store, layout
 from histoencoder_core.store.tables import Place, key_table, place_of, read_keys, read_table

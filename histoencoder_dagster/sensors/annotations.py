@@ -11,8 +11,8 @@ from dagster import DagsterEventType
 
 from histoencoder_core.clusters import current_model
 from histoencoder_core.errors import HistoEncoderError
+from histoencoder_core.fingerprint import fingerprint
 from histoencoder_core.labels import Annotations
-from histoencoder_core.settings import fingerprint
 from histoencoder_core.slides.content import signature
 from histoencoder_core.store import Store, files
 from histoencoder_core.store.stamp import read_stamp

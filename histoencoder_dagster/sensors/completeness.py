@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from histoencoder_core.settings import fingerprint
+from histoencoder_core.fingerprint import fingerprint
 from histoencoder_core.slides.arrivals import read_arrivals
 from histoencoder_dagster.jobs import refresh_catalog
 from histoencoder_dagster.partitions import SLIDES

@@ -12,7 +12,7 @@ from collections.abc import Collection
 import dagster as dg
 
 from histoencoder_core.errors import HistoEncoderError, SettingsError, StoreError
-from histoencoder_core.settings import fingerprint
+from histoencoder_core.fingerprint import fingerprint
 from histoencoder_core.slides import Register
 from histoencoder_core.slides.arrivals import NEVER_SETTLES, Look, write_arrivals
 from histoencoder_core.store import Store
@@ -132,8 +132,8 @@ def _tile_count(store: Store, slide_id: str) -> int:
 
 
 def _warn(context: dg.SensorEvaluationContext, look: Look, now: float) -> None:
-    for folder in look.away:
-        context.log.warning(f"the folder of slides {folder} is not there; its slides are kept")
+    for away in look.away.values():
+        context.log.warning(f"{away}; its slides are kept")
     for it in look.waiting:
         if now - it.since > NEVER_SETTLES:
             hours = (now - it.since) / 3600
@@ -150,5 +150,4 @@ def _summary(look: Look, in_flight: InFlight) -> str:
         (len(look.absent), "absent"),
     ]
     parts = ["no new slides", *(f"{count} {what}" for count, what in told if count)]
-    parts += [f"the folder of slides {folder} is not there" for folder in look.away]
-    return "; ".join(parts)
+    return "; ".join([*parts, *look.away.values()])

@@ -14,7 +14,8 @@ from making import keys_of
 
 from histoencoder_core.errors import SlideError
 from histoencoder_core.features import Encoder, load_encoder
-from histoencoder_core.settings import EncoderSettings, fingerprint
+from histoencoder_core.fingerprint import fingerprint
+from histoencoder_core.settings import EncoderSettings
 from histoencoder_core.tiles import TileSource
 from histoencoder_core.tiles.pixels import Tile
 

@@ -227,7 +227,7 @@ def test_a_file_that_is_gone_is_absent_and_a_share_that_is_away_takes_nothing(
     (here / "b.tiff").unlink()
     there.rename(tmp_path / "unmounted")
     look = arrivals.look(Sheet())
-    assert (look.absent, look.away) == (["b"], [there])
+    assert (look.absent, list(look.away)) == (["b"], [there])
     write_arrivals(store, look)
     since = read_arrivals(store)["absent"]["b"]
     write_arrivals(store, arrivals.look(Sheet()))

@@ -336,6 +336,22 @@ def test_slides_of_several_folders_are_found(deployment, tmp_path):
     assert str(other) in deployment.tick("new_slides").skip_message
 
 
+def test_slides_in_a_bucket_are_worked_on_while_only_their_copies_are_here(deployment, tmp_path):
+    path = deployment.drop("a")
+    bucket = path.parent.rename(tmp_path / "bucket")
+    deployment.change(
+        slides=(f"file://{bucket}",), bucket_copies=tmp_path / "buckets", bucket_copies_gb=1
+    )
+    assert scan(deployment) == [("a", "a")]
+    [copy] = (tmp_path / "buckets").glob("*/copies/*/a.tiff")
+    assert copy.read_bytes() == (bucket / "a.tiff").read_bytes()
+    deployment.run_all()
+    assert deployment.recorded("clusters") == {"a"}
+    bucket.rename(tmp_path / "gone")
+    assert "can't be listed" in deployment.tick("new_slides").skip_message
+    assert deployment.platform.arrivals.look(deployment.platform.sheet()).absent == []
+
+
 def test_no_more_runs_than_may_be_in_flight_are_asked_for(deployment):
     deployment.change(slides_per_run=10, runs_in_flight=2)
     for number in range(45):
