@@ -34,13 +34,13 @@ from typing import Any
 
 from about import about
 from cohort_store import TILE_PX, TILING, Cohort, add_slide, register, slide_name, write_cohort
+from homes import dagster_home
 from servers import served
 
 from histoencoder_core.settings import PlatformSettings
 
 Line = dict[str, Any]
 
-DEPLOY = Path(__file__).parents[1] / "deploy"
 PICTURE_PX = 16
 NEW = 25
 PARTS = ("catalog", "commands", "checks", "ticks", "servers")
@@ -103,20 +103,8 @@ def home_of(cohort: Cohort, storage: str) -> Iterator[dict[str, str]]:
         Its environment variables, which this process then has, too.
     """
     home = cohort.folder / storage
-    with contextlib.ExitStack() as stack:
-        environment = {"DAGSTER_HOME": str(home)}
-        fresh = not home.exists()
-        home.mkdir(exist_ok=True)
-        if storage == "postgres":
-            from temporary_postgres import postgres
-
-            shutil.copy(DEPLOY / "dagster.postgres.yaml", home / "dagster.yaml")
-            for place in (home, cohort.folder, cohort.folder.parent):
-                place.chmod(0o755)
-            environment |= stack.enter_context(postgres(home))
-        else:
-            shutil.copy(DEPLOY / "dagster.yaml", home / "dagster.yaml")
-        os.environ.update(environment)
+    fresh = not home.exists()
+    with dagster_home(home, storage) as environment:
         if fresh:
             alone(partial(_fill, cohort.slides))
         yield environment
