@@ -109,7 +109,8 @@ def fit_ours(store: Path, ks: tuple[int, ...], memory_gb: float, centroids: Path
     """Fit our model."""
     import numpy as np
 
-    from histoencoder_core.clusters import feature_files, fit_clusters
+    from histoencoder_core.clusters import feature_files
+    from histoencoder_core.clusters.fit import fit_clusters
     from histoencoder_core.settings import ClusterSettings
     from histoencoder_core.store import Store
 

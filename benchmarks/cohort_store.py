@@ -25,9 +25,9 @@ from histoencoder_core.clusters import (
     current_model,
     feature_file,
     feature_files,
-    fit_clusters,
     save_model,
 )
+from histoencoder_core.clusters.fit import fit_clusters
 from histoencoder_core.labels import Annotations, labels_stamp
 from histoencoder_core.settings import ClusterSettings, LabelSettings, TilingSettings
 from histoencoder_core.slides import Description

@@ -30,13 +30,8 @@ from homes import dagster_home
 from scale import alone
 from servers import MODULE, running
 
-from histoencoder_core.clusters import (
-    assign_slide,
-    current_model,
-    feature_files,
-    fit_clusters,
-    save_model,
-)
+from histoencoder_core.clusters import assign_slide, current_model, feature_files, save_model
+from histoencoder_core.clusters.fit import fit_clusters
 from histoencoder_core.features import Runner, extract_slides, load_encoder
 from histoencoder_core.settings import PlatformSettings
 from histoencoder_core.slides import Register, Sheet, find_slides, receive_slide

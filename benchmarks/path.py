@@ -15,7 +15,8 @@ from pathlib import Path
 
 from about import about
 
-from histoencoder_core.clusters import assign_slide, feature_files, fit_clusters, save_model
+from histoencoder_core.clusters import assign_slide, feature_files, save_model
+from histoencoder_core.clusters.fit import fit_clusters
 from histoencoder_core.cohort import build_catalog
 from histoencoder_core.features import Runner, extract_slides, load_encoder
 from histoencoder_core.settings import ClusterSettings, EncoderSettings, TilingSettings

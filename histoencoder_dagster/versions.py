@@ -11,7 +11,7 @@ import dagster as dg
 
 from histoencoder_core.annotate import evaluation as evaluation_stage
 from histoencoder_core.clusters import assign as clusters_stage
-from histoencoder_core.clusters import fit as cluster_model_stage
+from histoencoder_core.clusters import model as cluster_model_stage
 from histoencoder_core.clusters import naming
 from histoencoder_core.cohort import statistics as statistics_stage
 from histoencoder_core.labels import assign as labels_stage

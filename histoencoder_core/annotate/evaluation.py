@@ -23,13 +23,7 @@ import pyarrow.compute as pc
 from histoencoder_core.annotate import scores
 from histoencoder_core.annotate.mapping import label_for
 from histoencoder_core.annotate.scores import Ints
-from histoencoder_core.clusters import (
-    ClusterModel,
-    FeatureFile,
-    current_model,
-    feature_file,
-    fit_clusters,
-)
+from histoencoder_core.clusters import ClusterModel, FeatureFile, current_model, feature_file
 from histoencoder_core.clusters.naming import annotation_k
 from histoencoder_core.cohort import run_sql
 from histoencoder_core.errors import ClusterError
@@ -189,6 +183,8 @@ def ensure_evaluation(
         before = read_stamp(evaluation_path(store))
         if before is not None and before.fingerprint == stamp.fingerprint:
             return files.read_json(evaluation_path(store)), False
+        from histoencoder_core.clusters.fit import fit_clusters  # torch takes seconds to import
+
         names, labelled = _labelled(store, slides)
         fit = functools.partial(fit_clusters, memory_gb=memory_gb, device=device)
         cohort = _Cohort(model, k, slides, names, labelled, settings, fit)

@@ -18,7 +18,6 @@ from histoencoder_core.clusters import (
     assign_slide,
     cluster_slide,
     current_model,
-    ensure_model,
     feature_file,
     feature_files,
 )
@@ -468,6 +467,8 @@ def _model(
     if model is not None and fits and not refit and (not asked or model.settings == settings):
         typer.echo(f"Using cluster model {model.version}; --refit fits a new one.")
         return model
+    from histoencoder_core.clusters.fit import ensure_model  # torch takes seconds to import
+
     model, fitted = ensure_model(
         store, feature_files(store), settings, memory_gb=memory_gb, device=device
     )

@@ -8,7 +8,6 @@ for. `per_slide` clusters one slide by itself.
 """
 
 from histoencoder_core.clusters.assign import assign_slide, clusters_stamp
-from histoencoder_core.clusters.fit import ensure_model, fit_clusters
 from histoencoder_core.clusters.inputs import FeatureFile, feature_file, feature_files
 from histoencoder_core.clusters.model import (
     ClusterModel,
@@ -26,10 +25,8 @@ __all__ = [
     "cluster_slide",
     "clusters_stamp",
     "current_model",
-    "ensure_model",
     "feature_file",
     "feature_files",
-    "fit_clusters",
     "load_model",
     "model_versions",
     "save_model",

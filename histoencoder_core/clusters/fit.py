@@ -28,6 +28,7 @@ from histoencoder_core.clusters.model import (
     find_version,
     load_model,
     make_current,
+    model_stamp,
     save_model,
 )
 from histoencoder_core.clusters.quantiles import Distances
@@ -42,11 +43,9 @@ from histoencoder_core.clusters.reading import (
 from histoencoder_core.clusters.transform import AS_THEY_ARE, Transform, fit_whitening
 from histoencoder_core.errors import ClusterError
 from histoencoder_core.settings import ClusterSettings
-from histoencoder_core.store import Stamp, Store, files
+from histoencoder_core.store import Store, files
 
 log = logging.getLogger(__name__)
-
-ALGORITHM = 2
 
 SAMPLE_TOLERANCE = 0.01
 """On the sample centroids must rest so much more strictly: its steps are cheap."""
@@ -62,20 +61,6 @@ READ_BYTES = 256e6
 
 _PART = 4096
 """Tiles of the sample that are whitened, or looked at to do so, at a time."""
-
-
-def model_stamp(inputs: list[FeatureFile], settings: ClusterSettings) -> Stamp:
-    """The stamp of a model fitted on these features, its clusters numbered after no other's."""
-    return Stamp.of(
-        "cluster_model",
-        algorithm=ALGORITHM,
-        made_from={
-            "space": inputs[0].space,
-            "settings": settings.model_dump(mode="json", exclude_defaults=True),
-            "features": {file.slide: file.fingerprint for file in inputs},
-        },
-        untrained=any(file.untrained for file in inputs),
-    ).with_result(encoder=inputs[0].encoder)
 
 
 def ensure_model(

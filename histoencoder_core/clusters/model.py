@@ -16,15 +16,17 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
-from histoencoder_core.clusters.engine import Centroids, computing
+from histoencoder_core.clusters.inputs import FeatureFile
 from histoencoder_core.clusters.transform import AS_THEY_ARE, Transform, Whitening
 from histoencoder_core.errors import ClusterError
 from histoencoder_core.settings import ClusterSettings
 from histoencoder_core.store import Stamp, Store, files
 from histoencoder_core.store.stamp import read_stamp
 from histoencoder_core.store.tables import feature_list
+
+ALGORITHM = 2
+"""Of the fit."""
 
 VERSION_LENGTH = 12
 
@@ -104,6 +106,10 @@ class ClusterModel:
             By K, an int32 array of shape (tiles,) of clusters and a float32 array of shape (tiles,)
             of Euclidean distances in the transformed space; -1 and NaN where there are no features.
         """
+        import torch  # takes seconds, and most who read a model assign nothing
+
+        from histoencoder_core.clusters.engine import Centroids, computing
+
         known = np.isfinite(features).all(axis=1)
         points = {k: torch.from_numpy(v).double() for k, v in self.centroids.items()}
         with computing() as engine:
@@ -117,6 +123,20 @@ class ClusterModel:
             distance[known] = found.squared[k].sqrt().numpy()
             assigned[k] = clusters, distance
         return assigned
+
+
+def model_stamp(inputs: list[FeatureFile], settings: ClusterSettings) -> Stamp:
+    """The stamp of a model fitted on these features, its clusters numbered after no other's."""
+    return Stamp.of(
+        "cluster_model",
+        algorithm=ALGORITHM,
+        made_from={
+            "space": inputs[0].space,
+            "settings": settings.model_dump(mode="json", exclude_defaults=True),
+            "features": {file.slide: file.fingerprint for file in inputs},
+        },
+        untrained=any(file.untrained for file in inputs),
+    ).with_result(encoder=inputs[0].encoder)
 
 
 def save_model(store: Store, model: ClusterModel) -> None:

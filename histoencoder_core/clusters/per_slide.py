@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import time
 
-from histoencoder_core.clusters import fit
 from histoencoder_core.clusters.assign import draw_clusters, picture_k, with_clusters
 from histoencoder_core.clusters.inputs import FeatureFile, feature_file
+from histoencoder_core.clusters.model import ALGORITHM as FIT_ALGORITHM
 from histoencoder_core.errors import ClusterError
 from histoencoder_core.settings import ClusterSettings
 from histoencoder_core.store import SlideFolder, Stamp, layout
@@ -26,7 +26,7 @@ def slide_clusters_stamp(features: FeatureFile, settings: ClusterSettings) -> St
         made_from={
             "features": features.fingerprint,
             "settings": settings.model_dump(mode="json", exclude_defaults=True),
-            "fit": fit.ALGORITHM,
+            "fit": FIT_ALGORITHM,
         },
         untrained=features.untrained,
     ).with_result(encoder=features.encoder)
@@ -57,6 +57,8 @@ def cluster_slide(
         SettingsError: There is no such device.
         StoreError: Another program's files stand in the way.
     """
+    from histoencoder_core.clusters.fit import fit_clusters  # torch takes seconds to import
+
     with folder.locked():
         file = feature_file(folder)
         if file is None:
@@ -67,7 +69,7 @@ def cluster_slide(
             return folder.stamp("slide_clusters") or stamp
         try:
             started = time.perf_counter()
-            model = fit.fit_clusters([file], settings, memory_gb=memory_gb, device=device)
+            model = fit_clusters([file], settings, memory_gb=memory_gb, device=device)
             keys, features = read_features(file.path)
             assigned = model.assign(features)
             shown = picture_k(assigned)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from histoencoder_core.errors import ClusterError
+
+if TYPE_CHECKING:
+    import torch
 
 Floats = npt.NDArray[np.float32]
 
@@ -48,6 +51,8 @@ class Transform:
 
     def apply(self, rows: torch.Tensor) -> torch.Tensor:
         """Transform a float32 tensor of shape (tiles, length), on whatever device it is."""
+        import torch  # takes seconds, and most who read a model transform nothing
+
         if self.normalise:
             lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
             rows = rows / torch.where(lengths == 0, 1.0, lengths)

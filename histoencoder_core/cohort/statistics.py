@@ -26,7 +26,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy.sparse import coo_array
-from scipy.stats import random_table
 
 from histoencoder_core.cohort.database import numbers_of_clusters
 from histoencoder_core.cohort.query import attached
@@ -198,6 +197,8 @@ def _bootstrap(labelled: _Labelled, replicates: int, rng: np.random.Generator) -
 
 def _permuted(labelled: _Labelled, replicates: int, rng: np.random.Generator) -> _Drawn:
     """Permute labels over all tiles: counts are those of a random table with the same margins."""
+    from scipy.stats import random_table  # takes a second to import
+
     by_label = np.bincount(labelled.labels, minlength=labelled.n_labels)
     for k, clusters in labelled.clusters.items():
         by_cluster = np.bincount(clusters, minlength=k)

@@ -9,7 +9,6 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import PercentFormatter
-from scipy.cluster.hierarchy import leaves_list, linkage
 
 from histoencoder_core.report.facts import NO_CLUSTERS, counted, read_facts, rows_of
 from histoencoder_core.report.figure import (
@@ -138,6 +137,8 @@ def by_similarity(shares: Shares) -> list[int]:
     Args:
         shares: Array of shape (rows, parts); each row sums to 1.
     """
+    from scipy.cluster.hierarchy import leaves_list, linkage  # takes half a second to import
+
     if len(shares) < 3:
         return list(range(len(shares)))
     tree = linkage(np.sqrt(shares), method="average", optimal_ordering=True)

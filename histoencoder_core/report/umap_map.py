@@ -17,11 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
 from matplotlib.patheffects import withStroke
-from scipy.spatial import KDTree
 
 from histoencoder_core.clusters import ClusterModel, FeatureFile, current_model, feature_file
 from histoencoder_core.clusters.reading import share_of
@@ -162,6 +160,8 @@ def fit_umap(store: Store, slides: Sequence[str], model: ClusterModel) -> Stamp:
         found = read_stamp(path)
         if found is not None and found.fingerprint == stamp.fingerprint:
             return found
+        import torch  # takes seconds
+
         names, features = _sample(inputs)
         places = _laid_out(model.transform.apply(torch.from_numpy(features)).numpy())
         table = pa.table(
@@ -274,6 +274,8 @@ def neighbours_agree(
         The mean share among neighbours, and the share if kinds were spread at random; None if there
         are not enough tiles.
     """
+    from scipy.spatial import KDTree  # takes half a second to import
+
     known = np.array([kind is not None for kind in kinds], bool)
     numbers = {kind: i for i, kind in enumerate(dict.fromkeys(kinds))}
     of_kind = np.array([numbers[kind] for kind in kinds])[known]

@@ -11,9 +11,6 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydicom.filereader import read_partial
-from pydicom.tag import Tag
-
 from histoencoder_core.store import layout
 
 OPENSLIDE_SUFFIXES = frozenset(
@@ -27,7 +24,8 @@ OF_MANY_FILES = frozenset([".mrxs", ".vms", ".vmu", ".dcm"])
 
 _NOT_SLIDES = ("annotations",)
 _SLIDEDAT = "Slidedat.ini"
-_SERIES = Tag("SeriesInstanceUID")
+_SERIES = 0x0020000E
+"""The tag ``SeriesInstanceUID``."""
 
 
 @dataclass(frozen=True)
@@ -213,6 +211,8 @@ def _series(path: Path) -> str:
 
 @functools.lru_cache(maxsize=65536)
 def _dicom_series(path: str, size: int, mtime_ns: int) -> str:  # noqa: ARG001 - the cache's key
+    from pydicom.filereader import read_partial  # takes a moment, and few slides are DICOM
+
     # Not by a native reader: nothing is known of the file yet, and finding it must be safe.
     try:
         with Path(path).open("rb") as file:

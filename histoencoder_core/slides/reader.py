@@ -1,4 +1,4 @@
-"""Opening a slide: the one module that knows HistoPrep's `SlideReader`."""
+"""Opening a slide with HistoPrep's `SlideReader`."""
 
 from __future__ import annotations
 
@@ -6,70 +6,21 @@ import contextlib
 import math
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import cv2
 import numpy as np
-from histoprep import SlideReader
-from histoprep._backend import SlideReaderBackend
 
 from histoencoder_core.buckets import copied
 from histoencoder_core.decoding.facts import Region
-from histoencoder_core.decoding.readers import SlideReading
 from histoencoder_core.errors import SlideError
 from histoencoder_core.slides.find import parts_of
 
+if TYPE_CHECKING:
+    from histoencoder_core.decoding.readers import SlideReading
+
 _LFS = b"version https://git-lfs"
 _STRIP_ROWS = 1024
-
-
-class _ProcessBackend(SlideReaderBackend):  # type: ignore[misc]  # HistoPrep has no types
-    """HistoPrep's view of a slide that another process decodes."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.reading = SlideReading(path)
-        self.facts = self.reading.facts
-        self.BACKEND_NAME = self.facts.backend
-
-    @property
-    def reader(self) -> SlideReading:
-        """What reads it."""
-        return self.reading
-
-    @property
-    def data_bounds(self) -> Region:
-        """The whole slide, ``x, y, w, h`` in level-0 pixels."""
-        height, width = self.dimensions
-        return (0, 0, width, height)
-
-    @property
-    def dimensions(self) -> tuple[int, int]:
-        """(height, width) at level 0."""
-        return self.facts.sizes[0]
-
-    @property
-    def level_count(self) -> int:
-        """Number of levels."""
-        return len(self.facts.sizes)
-
-    @property
-    def level_dimensions(self) -> dict[int, tuple[int, int]]:
-        """(height, width) of each level."""
-        return dict(enumerate(self.facts.sizes))
-
-    @property
-    def level_downsamples(self) -> dict[int, tuple[float, float]]:
-        """Downsample of (height, width) of each level."""
-        return dict(enumerate(self.facts.downsamples))
-
-    def read_level(self, level: int) -> np.ndarray:
-        """Read a whole level: uint8 (height, width, 3)."""
-        return self.read_region(self.data_bounds, level)
-
-    def read_region(self, xywh: Region, level: int = 0) -> np.ndarray:
-        """Read a level-0 region at a level: uint8 (height, width, 3)."""
-        return self.reading.read(xywh, level)
 
 
 class Slide:
@@ -87,10 +38,15 @@ class Slide:
     """
 
     def __init__(self, path: Path) -> None:
+        # HistoPrep takes a second to import, and most that read of slides open none.
+        from histoprep import SlideReader
+
+        from histoencoder_core.slides.backend import ProcessBackend
+
         self.path = path
         with contextlib.ExitStack() as held:
             self.copy = held.enter_context(copied(parts_of(path)))
-            self._reader = SlideReader(self.copy, backend=_ProcessBackend)
+            self._reader = SlideReader(self.copy, backend=ProcessBackend)
             self._held = held.pop_all()
         # The backend is HistoPrep's private attribute only because it has no public name.
         self._reading: SlideReading = self._reader._backend.reading

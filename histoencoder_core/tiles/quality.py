@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import cv2
-import histoprep.functional as histoprep
 import numpy as np
 import pyarrow as pa
 
@@ -34,8 +33,10 @@ def tile_metrics(pixels: np.ndarray, mask: np.ndarray) -> dict[str, float]:
         The `METRICS`: shares of black and white pixels, the standard deviation of the Laplacian
         (sharpness), blur, means and standard deviations of the grey, RGB and HSV channels.
     """
+    from histoprep.functional import get_image_metrics  # takes a second to import
+
     # HistoPrep 2.0.5's quantiles fail on NumPy 2.
-    found = histoprep.get_image_metrics(pixels, mask, quantiles=())
+    found = get_image_metrics(pixels, mask, quantiles=())
     found["blur"] = blur(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY))
     return {name: float(found[name]) for name in METRICS}
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
-import histoprep.functional as histoprep
 import numpy as np
 
 from histoencoder_core.errors import SlideError
@@ -85,8 +84,8 @@ def find_tissue(overview: np.ndarray, settings: TilingSettings, *, path: Path) -
             return Tissue(np.zeros_like(grey), None, ink)
         if without_ink and otsu * multiplier >= lighter >= GLASS_GREY:
             multiplier = 1.0
-    threshold, mask = histoprep.get_tissue_mask(
-        image=grey, threshold=settings.threshold, multiplier=multiplier, sigma=settings.sigma
+    threshold, mask = _otsu(
+        grey, threshold=settings.threshold, multiplier=multiplier, sigma=settings.sigma
     )
     return Tissue(mask & known, threshold, ink)
 
@@ -95,8 +94,20 @@ def _sides(grey: np.ndarray, known: np.ndarray, sigma: float) -> tuple[int, floa
     """Otsu's own threshold, and the mean grey values of what it parts; the same if it does not."""
     if not ((grey > 0) & (grey < 255)).any():
         return 0, 0.0, 0.0
-    otsu, mask = histoprep.get_tissue_mask(image=grey, multiplier=1.0, sigma=sigma)
+    otsu, mask = _otsu(grey, multiplier=1.0, sigma=sigma)
     lighter, darker = known & (1 - mask), known & mask
     if not lighter.any() or not darker.any():
         return otsu, 0.0, 0.0
     return otsu, cv2.mean(grey, lighter)[0], cv2.mean(grey, darker)[0]
+
+
+def _otsu(
+    grey: np.ndarray, *, multiplier: float, sigma: float, threshold: int | None = None
+) -> tuple[int, np.ndarray]:
+    """HistoPrep's threshold and mask."""
+    from histoprep.functional import get_tissue_mask  # takes a second to import
+
+    threshold, mask = get_tissue_mask(
+        image=grey, threshold=threshold, multiplier=multiplier, sigma=sigma
+    )
+    return threshold, mask

@@ -4,12 +4,7 @@ from collections.abc import Iterator
 
 import dagster as dg
 
-from histoencoder_core.clusters import (
-    assign_slide,
-    current_model,
-    ensure_model,
-    feature_files,
-)
+from histoencoder_core.clusters import assign_slide, current_model, feature_files
 from histoencoder_core.errors import ClusterError
 from histoencoder_core.store import layout
 from histoencoder_dagster.assets.features import features
@@ -28,6 +23,8 @@ def cluster_model(
     It is fitted when somebody asks for it, and once by itself when enough slides have features. A
     new slide never makes it due: it would renumber everybody's clusters.
     """
+    from histoencoder_core.clusters.fit import ensure_model  # torch takes seconds to import
+
     store, settings = platform.store, platform.settings
     inputs = feature_files(store, encoder=settings.encoder)
     model, fitted = ensure_model(

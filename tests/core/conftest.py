@@ -7,13 +7,8 @@ from pathlib import Path
 import pytest
 from cohorts import COHORT_K
 
-from histoencoder_core.clusters import (
-    assign_slide,
-    current_model,
-    feature_files,
-    fit_clusters,
-    save_model,
-)
+from histoencoder_core.clusters import assign_slide, current_model, feature_files, save_model
+from histoencoder_core.clusters.fit import fit_clusters
 from histoencoder_core.labels import Annotations, label_annotated
 from histoencoder_core.settings import ClusterSettings, LabelSettings, TilingSettings
 from histoencoder_core.slides import Register, Sheet, describe_slide, find_slides

@@ -36,13 +36,9 @@ from histoencoder_core.annotate import (
 from histoencoder_core.annotate.evaluation import evaluation_path, split_groups
 from histoencoder_core.annotate.polygons import as_geojson, merge, own_parts
 from histoencoder_core.cli import main
-from histoencoder_core.clusters import (
-    assign_slide,
-    current_model,
-    feature_files,
-    fit_clusters,
-    save_model,
-)
+from histoencoder_core.clusters import assign_slide, current_model, feature_files, save_model
+from histoencoder_core.clusters import fit as fitting_module
+from histoencoder_core.clusters.fit import fit_clusters
 from histoencoder_core.clusters.naming import (
     ClusterLabels,
     NamedCluster,
@@ -790,7 +786,7 @@ def test_evaluation_is_measured_again_only_if_something_changed(store: Store) ->
 def watched(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     """What each fold fitted and how it named its clusters."""
     seen: dict[str, list[Any]] = {"slides": [], "centroids": [], "meaning": []}
-    fit, name = evaluation.fit_clusters, evaluation._meaning
+    fit, name = fitting_module.fit_clusters, evaluation._meaning
 
     def fitting(inputs: Any, *args: Any, **options: Any) -> Any:
         model = fit(inputs, *args, **options)
@@ -802,7 +798,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
         seen["meaning"].append((args[0].tolist(), name(*args)))
         return seen["meaning"][-1][1]
 
-    monkeypatch.setattr(evaluation, "fit_clusters", fitting)
+    monkeypatch.setattr(fitting_module, "fit_clusters", fitting)
     monkeypatch.setattr(evaluation, "_meaning", naming)
     return seen
 

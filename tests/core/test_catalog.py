@@ -22,12 +22,8 @@ from scipy.stats import binomtest, entropy
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from test_cli import UNTRAINED, program  # noqa: F401 - a fixture
 
-from histoencoder_core.clusters import (
-    assign_slide,
-    current_model,
-    ensure_model,
-    feature_files,
-)
+from histoencoder_core.clusters import assign_slide, current_model, feature_files
+from histoencoder_core.clusters.fit import ensure_model
 from histoencoder_core.clusters.naming import NamedCluster, write_derived
 from histoencoder_core.cohort import build_catalog, catalog, run_sql
 from histoencoder_core.labels import Annotations, label_annotated

@@ -32,16 +32,15 @@ from histoencoder_core.clusters import (
     cluster_slide,
     current_model,
     engine,
-    ensure_model,
     feature_files,
     fit,
-    fit_clusters,
     kmeans,
     load_model,
     model_versions,
     save_model,
 )
 from histoencoder_core.clusters.engine import Centroids, computing
+from histoencoder_core.clusters.fit import ensure_model, fit_clusters
 from histoencoder_core.clusters.match import numbered_after
 from histoencoder_core.clusters.quantiles import Distances
 from histoencoder_core.clusters.transform import Transform

@@ -26,12 +26,12 @@ from histoencoder_core.clusters import (
     assign_slide,
     current_model,
     feature_files,
-    fit_clusters,
     load_model,
     model_versions,
     reading,
     save_model,
 )
+from histoencoder_core.clusters.fit import fit_clusters
 from histoencoder_core.clusters.reading import Reader
 from histoencoder_core.cohort import build_catalog, run_sql, slide_states
 from histoencoder_core.errors import ClusterError, StoreError

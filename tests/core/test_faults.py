@@ -19,13 +19,8 @@ from making import halved, tissue_pixels, write_tiff
 
 from histoencoder_core.annotate import annotate_slide, derive_labels
 from histoencoder_core.cli import main
-from histoencoder_core.clusters import (
-    assign_slide,
-    cluster_slide,
-    current_model,
-    ensure_model,
-    feature_files,
-)
+from histoencoder_core.clusters import assign_slide, cluster_slide, current_model, feature_files
+from histoencoder_core.clusters.fit import ensure_model
 from histoencoder_core.clusters.naming import current_cluster_labels
 from histoencoder_core.cohort import build_catalog, ensure_statistics
 from histoencoder_core.errors import KINDS, kind_of

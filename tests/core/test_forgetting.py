@@ -13,8 +13,7 @@ from cohorts import copy_of, tables_of
 from searching import found_in
 
 from histoencoder_core.clusters import current_model, feature_files
-from histoencoder_core.clusters.fit import model_stamp
-from histoencoder_core.clusters.model import find_version
+from histoencoder_core.clusters.model import find_version, model_stamp
 from histoencoder_core.cohort import judge_slides, publish_catalog
 from histoencoder_core.errors import StoreError
 from histoencoder_core.forgetting import still_known, traces

@@ -13,7 +13,8 @@ from making import tissue_pixels
 from test_cluster_models import mixture
 from test_clusters import write_features
 
-from histoencoder_core.clusters import feature_files, fit_clusters
+from histoencoder_core.clusters import feature_files
+from histoencoder_core.clusters.fit import fit_clusters
 from histoencoder_core.features import Runner
 from histoencoder_core.settings import ClusterSettings
 from histoencoder_core.store import Store

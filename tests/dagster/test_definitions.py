@@ -188,3 +188,12 @@ def test_the_command_line_tools_of_dagster_accept_the_project():
             [tool, *command[1:]], cwd=REPOSITORY, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_run_that_needs_no_encoder_does_not_wait_for_its_libraries():
+    """Every run is a process of its own: what it imports is paid for each batch of slides."""
+    told = subprocess.run(
+        [sys.executable, "-c", "import sys, histoencoder_dagster.definitions; print(*sys.modules)"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert {"torch", "timm", "sklearn", "histoprep"}.isdisjoint(told.stdout.split())
