@@ -11,7 +11,7 @@ from histoencoder_core.pictures import small_jpeg
 from histoencoder_core.report import Figure
 from histoencoder_core.store import SlideFolder, Stamp
 
-PICTURE_PX = 600
+PICTURE_PX = 400
 """Pictures live in the event log, so they are small; the full ones are in the store."""
 
 FIGURE_PX = 1000

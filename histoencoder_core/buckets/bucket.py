@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qs, urlsplit
 
+from histoencoder_core.errors import kind_of
 from histoencoder_core.store import files
 
 if TYPE_CHECKING:
@@ -27,10 +28,18 @@ LISTED = "listed"
 COPIES = "copies"
 _TOLD = "bucket.json"
 
-_READ_AT_ONCE = frozenset([".csv", ".geojson", ".ini", ".vms", ".vmu"])
-_ANNOTATIONS = "annotations"
+_READ_AT_ONCE = frozenset([".csv", ".geojson", ".ini", ".json", ".vms", ".vmu", ".yaml", ".yml"])
+_MOST_AT_ONCE = 64 * 2**20
 _HEAD_BYTES = 2**16
 _MOST_NAME_BYTES = 255
+
+_MAY_BE_TOLD = {
+    *("region", "scheme", "endpoint_override", "force_virtual_addressing", "project_id"),
+    *("tls_ca_file_path", "tls_ca_dir_path", "tls_verify_certificates", "retry_limit_seconds"),
+    *("enable_tls", "blob_storage_authority", "blob_storage_scheme"),
+    *("dfs_storage_authority", "dfs_storage_scheme"),
+}
+"""What may follow the question mark: how a bucket is reached, never by whom."""
 
 Signature = tuple[int, int]
 """Size in bytes and modification time in nanoseconds."""
@@ -58,10 +67,16 @@ def as_bucket_url(value: str) -> str | None:
     parts = urlsplit(value)
     if parts.scheme not in SCHEMES:
         raise ValueError(f"{parts.scheme}:// is not read; {', '.join(SCHEMES)} are")
-    if "@" in parts.netloc and parts.scheme not in {"abfs", "abfss"}:
+    azure = parts.scheme in {"abfs", "abfss"}  # container@account is no secret
+    if parts.password is not None or ("@" in parts.netloc and not azure):
         raise ValueError(
             "a bucket's address must hold no key or password: give them as the provider's own "
             "variables, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
+    if told := sorted(parse_qs(parts.query, keep_blank_values=True).keys() - _MAY_BE_TOLD):
+        raise ValueError(
+            f"a bucket's address must not tell {', '.join(told)}: keys and passwords are given as "
+            "the provider's own variables"
         )
     return parts._replace(path=parts.path.rstrip("/")).geturl()
 
@@ -134,7 +149,9 @@ class Bucket:
         told = {"url": self.url, "max_bytes": self.max_bytes}
         path = self.root / _TOLD
         try:
-            self.listed.mkdir(parents=True, exist_ok=True)
+            # Copies hold what scanners write into slides, such as labels with names.
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.listed.mkdir(exist_ok=True)
             with files.locked_to_write(path):
                 if not path.is_file() or files.read_json(path) != told:
                     files.write_json(path, told)
@@ -186,6 +203,10 @@ class Bucket:
                 self._write(relative, info, found.system)
             except (IsADirectoryError, NotADirectoryError, FileExistsError):
                 log.warning("%s/%s: is a file and a folder; it is left out", self.url, relative)
+            except OSError as error:
+                if kind_of(error) != "input-output":
+                    raise  # this machine's disk, not the object
+                log.warning("%s/%s: can't be read (%s); it is left out", self.url, relative, error)
 
     def _write(self, relative: str, info: FileInfo, system: FileSystem) -> None:
         """Write the file that stands for an object."""
@@ -235,7 +256,7 @@ def _can_be_a_path(relative: str) -> bool:
 def _bytes_at_once(path: PurePosixPath, size: int) -> int:
     """How much of an object is read when it is found: what finding slides has to read of it."""
     suffix = path.suffix.lower()
-    if suffix in _READ_AT_ONCE or _ANNOTATIONS in path.parts[:-1]:
+    if suffix in _READ_AT_ONCE and size <= _MOST_AT_ONCE:
         return size
     return min(size, _HEAD_BYTES) if suffix == ".dcm" else 0
 

@@ -150,6 +150,7 @@ def _download(bucket: Bucket, part: Path, target: Path, wanted: tuple[int, int])
             kind="changing",
         )
     os.utime(target, ns=(wanted[1], wanted[1]))
+    files.flush(target)  # a power cut must not leave zeros of the right size
 
 
 def _reserve(bucket: Bucket, new: Path, sizes: dict[Path, int]) -> None:

@@ -26,6 +26,9 @@ from histoencoder_core.slides import find_in
 from histoencoder_core.slides.arrivals import read_arrivals
 from histoencoder_core.store import Store, layout
 
+LISTING_SECONDS = 600.0
+"""Time to wait for the list of a bucket: nobody looks again a moment later."""
+
 OptionalStore = Annotated[
     Path | None,
     typer.Option(
@@ -73,7 +76,9 @@ def status(input_dir: OptionalStore = None) -> None:
         store,
         model=current_model(store),
         **expected(deployment),
-        found=find_in(deployment.sources)[0] if "slides" in deployment.model_fields_set else None,
+        found=find_in(deployment.sources, seconds=LISTING_SECONDS)[0]
+        if "slides" in deployment.model_fields_set
+        else None,
     )
     counts = count_states(states)
     # Of eleven columns, a terminal of 80 characters would cut short the names.

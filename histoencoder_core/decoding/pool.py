@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import re
 import signal
 import socket
 import struct
@@ -228,10 +229,17 @@ _ENVIRONMENT = {
 }
 
 
+_INHERITED = re.compile(
+    r"PATH|HOME|TMPDIR|LANG|LC_\w+|LD_\w+|PYTHON\w*|OMP_\w+|MALLOC_\w+|OPENSLIDE_\w+|VIRTUAL_ENV"
+    r"|COVERAGE_\w+|HISTOENCODER_READER_\w+"
+)
+
+
 def _environment() -> dict[str, str]:
-    """The program's own, made to find this package."""
+    """What a process needs to run and to find this package, and no secret of the program's."""
+    inherited = {name: v for name, v in os.environ.items() if _INHERITED.fullmatch(name)}
     paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, **_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(paths)}
+    return {**inherited, **_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def _limit_waiting(connection: socket.socket, seconds: float) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from histoencoder_core.fingerprint import fingerprint
 from histoencoder_core.slides.content import signature
 from histoencoder_core.slides.describe import was_tried
 from histoencoder_core.slides.find import FoundSlide, find_slides, missing_part
-from histoencoder_core.slides.register import Entry, Register
+from histoencoder_core.slides.register import Entry, Register, as_registered
 from histoencoder_core.slides.sheet import Sheet
 from histoencoder_core.store import Store, files
 from histoencoder_core.store.failures import due_again
@@ -92,7 +92,6 @@ class Look:
         waiting: Files that are not whole yet.
         absent: Slides whose file is gone.
         away: Folders of slides that are not there, and why: of their slides nothing is known.
-        retry: Slides with a later stage that failed and may be tried again now, by stage.
         unlooked: Number of slides that there was no time to look into; they come next.
     """
 
@@ -103,7 +102,6 @@ class Look:
     waiting: list[Waiting]
     absent: list[str]
     away: dict[Path, str]
-    retry: dict[str, list[str]]
     unlooked: int
 
 
@@ -178,9 +176,12 @@ class Arrivals:
         entries = registered.slides
         by_path = {entry.path: slide_id for slide_id, entry in entries.items()}
         here, away = find_in(self.sources)
+        here = [as_registered(found, by_path) for found in here]
         signs = _signatures(here)
         reading = _Reading(time.monotonic() + seconds)
         by_id = {by_path[path]: sign for path, sign in signs.items() if path in by_path}
+        self._folders = {s: folder for s, folder in self._folders.items() if s in entries}
+        beyond_reach = _below(entries, away)
         ready: list[Ready] = []
         described: list[str] = []
         waiting: list[Waiting] = []
@@ -196,12 +197,12 @@ class Arrivals:
                 unlooked += folder is None
                 if folder is None:
                     continue
-                if _is_done(folder, by_id, now):
+                if _is_done(folder, by_id, beyond_reach, now):
                     if "slides" not in folder.failures and folder.original is None:
                         described.append(slide_id)
                     continue
             stillness[path] = seen = self._seen(path, sign, now)
-            reason = self._why_wait(found.path, seen, now)
+            reason = self._why_wait(found.path, seen)
             if reason is None:
                 ready.append(Ready(found, sign, slide_id))
             else:
@@ -213,9 +214,8 @@ class Arrivals:
             aliases=list(registered.aliases),
             described=described,
             waiting=waiting,
-            absent=_absent(entries, by_id, away),
+            absent=sorted(entries.keys() - by_id.keys() - beyond_reach),
             away=away,
-            retry=self._retry(by_id, now),
             unlooked=unlooked,
         )
 
@@ -259,47 +259,50 @@ class Arrivals:
             return _Stillness(sign, last.first_seen if last else now, steady, 1)
         return _Stillness(sign, last.first_seen, last.still_since, last.looks + 1)
 
-    def _why_wait(self, path: Path, seen: _Stillness, now: float) -> str | None:
+    def _why_wait(self, path: Path, seen: _Stillness) -> str | None:
         if seen.signature[0] == 0:
             return "is empty so far"
         if seen.looks < 2:
             return "was just seen, or has just changed"
-        still, age = time.monotonic() - seen.still_since, now - seen.signature[1] / 1e9
-        # The file's own time may be that of another clock, ahead or behind, or be kept by a copy.
-        if still < self.settle_seconds and not self.settle_seconds <= age:
-            return f"has changed less than {self.settle_seconds:g} s ago"
         part = missing_part(path)
-        return None if part is None else f"its part {part} is not there yet"
-
-    def _retry(self, there: Iterable[str], now: float) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {}
-        for slide_id in there:
-            folder = self._folders.get(slide_id)
-            for stage, failure in folder.failures.items() if folder is not None else ():
-                if stage != "slides" and due_again(failure, now):
-                    found.setdefault(stage, []).append(slide_id)
-        return found
+        if part is not None:
+            return f"its part {part} is not there yet"
+        # Not by the file's own time: it may be of another clock, or be kept by a copy.
+        if time.monotonic() - seen.still_since < self.settle_seconds:
+            return f"has not stood still for {self.settle_seconds:g} s"
+        return None
 
 
-def find_in(sources: Iterable[Source]) -> tuple[list[FoundSlide], dict[Path, str]]:
+def find_in(
+    sources: Iterable[Source], *, seconds: float = LISTING_SECONDS
+) -> tuple[list[FoundSlide], dict[Path, str]]:
     """Find the slides in several folders and buckets.
+
+    Args:
+        sources: The folders and buckets.
+        seconds: Time to wait for the list of a bucket, and to write down what is new in it.
 
     Returns:
         The slides, each once even if one folder lies in another; the folders that are not there,
-        or stand for a bucket that can't be listed, and why.
+        can't be read, or stand for a bucket that can't be listed, and why.
     """
     found: dict[Path, FoundSlide] = {}
     away: dict[Path, str] = {}
+
+    def unreadable(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):  # else it was taken away just now
+            away[Path(error.filename)] = f"{error.filename}: can't be read ({error.strerror})"
+
     for source in sources:
         folder = source.listed if isinstance(source, Bucket) else source
         try:
             if isinstance(source, Bucket):
-                source.list_anew(seconds=LISTING_SECONDS)
+                source.list_anew(seconds=seconds)
         except BucketAwayError as error:
             away[folder] = str(error)
             continue
         if folder.is_dir():
-            for slide in find_slides(folder):
+            for slide in find_slides(folder, unreadable=unreadable):
                 found.setdefault(slide.path, slide)
         else:
             away[folder] = f"{folder}: the folder of slides is not there"
@@ -349,7 +352,9 @@ def _signatures(found: Iterable[FoundSlide]) -> dict[str, Signature]:
     return signs
 
 
-def _is_done(folder: _Folder, there: Mapping[str, Signature], now: float) -> bool:
+def _is_done(
+    folder: _Folder, there: Mapping[str, Signature], beyond_reach: Collection[str], now: float
+) -> bool:
     """Whether nothing is owed of a slide's file as it is now."""
     if not folder.tried:
         return False
@@ -357,20 +362,14 @@ def _is_done(folder: _Folder, there: Mapping[str, Signature], now: float) -> boo
         return not due_again(folder.failures["slides"], now)
     if folder.original is not None:  # a duplicate, as long as the original is there
         slide_id, sign = folder.original
-        return there.get(slide_id) == sign
+        return there.get(slide_id) == sign or slide_id in beyond_reach
     return True
 
 
-def _absent(
-    entries: Mapping[str, Entry], there: Mapping[str, Signature], away: Iterable[Path]
-) -> list[str]:
-    """Slides whose file is gone from a folder that is there."""
+def _below(entries: Mapping[str, Entry], away: Iterable[Path]) -> set[str]:
+    """Slides whose file lies in a folder that is not there."""
     roots = tuple(f"{os.path.abspath(folder)}{os.sep}" for folder in away)  # noqa: PTH100
-    return sorted(
-        slide_id
-        for slide_id, entry in entries.items()
-        if slide_id not in there and not (roots and entry.path.startswith(roots))
-    )
+    return {s for s, entry in entries.items() if roots and entry.path.startswith(roots)}
 
 
 def _original(duplicate: Mapping[str, Any]) -> tuple[str, Signature]:

@@ -8,6 +8,7 @@ import glob
 import itertools
 import os
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ OF_MANY_FILES = frozenset([".mrxs", ".vms", ".vmu", ".dcm"])
 
 _NOT_SLIDES = ("annotations",)
 _SLIDEDAT = "Slidedat.ini"
+_MOST_INI_BYTES = 2**20
 _SERIES = 0x0020000E
 """The tag ``SeriesInstanceUID``."""
 
@@ -51,14 +53,17 @@ def suffix_of(path: Path) -> str:
     return path.suffix.lower()
 
 
-def find_slides(folder: Path) -> list[FoundSlide]:
+def find_slides(
+    folder: Path, *, unreadable: Callable[[OSError], None] | None = None
+) -> list[FoundSlide]:
     """Find all slides in a folder and its sub-folders.
 
     Hidden files and folders, the folder ``annotations``, the JPEG parts of a VMS slide and all
-    but one file of a DICOM series are no slides of their own.
+    but one file of a DICOM series are no slides of their own. Links to folders are not followed.
 
     Args:
         folder: Where to look.
+        unreadable: Told of each folder that can't be read; such folders are passed over.
 
     Returns:
         The slides, sorted by their relative path.
@@ -66,13 +71,19 @@ def find_slides(folder: Path) -> list[FoundSlide]:
     root = str(folder.resolve())
     found: list[str] = []
     # Text, not paths: an archive of 50,000 slides is looked through every few seconds.
-    for parent, folders, names in os.walk(root):
+    for parent, folders, names in os.walk(root, onerror=unreadable):
         if os.path.isfile(os.path.join(parent, layout.COHORT, layout.REGISTER)):  # noqa: PTH113, PTH118
             folders.clear()  # a store: its pictures are no slides
         folders[:] = [n for n in folders if not n.startswith((".", "_")) and n not in _NOT_SLIDES]
         found += [os.path.join(parent, name) for name in _slides_among(parent, names)]  # noqa: PTH118
     start = len(root.rstrip("/")) + 1
-    return [FoundSlide(Path(path), path[start:].replace(os.sep, "/")) for path in sorted(found)]
+    return [_found(path, start) for path in sorted(found)]
+
+
+@functools.lru_cache(maxsize=2**18)
+def _found(path: str, start: int) -> FoundSlide:
+    """A slide; making the paths of 50,000 of them takes half a second in each look."""
+    return FoundSlide(Path(path), path[start:].replace(os.sep, "/"))
 
 
 def find_pattern(pattern: str) -> list[FoundSlide]:
@@ -186,6 +197,8 @@ def _ini(path: Path, encoding: str) -> configparser.ConfigParser | None:
     """A text of sections and keys, in lower case; None if it is not there or is something else."""
     parser = configparser.ConfigParser(strict=False, interpolation=None)
     try:
+        if path.stat().st_size > _MOST_INI_BYTES:
+            return None
         parser.read_string(path.read_text(encoding))
     except (OSError, UnicodeDecodeError, configparser.Error):
         return None
@@ -211,10 +224,14 @@ def _series(path: Path) -> str:
 
 @functools.lru_cache(maxsize=65536)
 def _dicom_series(path: str, size: int, mtime_ns: int) -> str:  # noqa: ARG001 - the cache's key
-    from pydicom.filereader import read_partial  # takes a moment, and few slides are DICOM
+    # pydicom takes a moment to import, and few slides are DICOM.
+    from pydicom.filereader import read_file_meta_info, read_partial
+    from pydicom.uid import DeflatedExplicitVRLittleEndian
 
     # Not by a native reader: nothing is known of the file yet, and finding it must be safe.
     try:
+        if read_file_meta_info(path).TransferSyntaxUID == DeflatedExplicitVRLittleEndian:
+            return path  # to look into it would unpack it whole
         with Path(path).open("rb") as file:
             # Of a slide in a bucket, only the beginning is here.
             header = read_partial(file, stop_when=lambda tag, *_: tag > _SERIES)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from histoencoder_core.slides.content import Content, signature
+from histoencoder_core.errors import SlideError
+from histoencoder_core.slides.content import Content, content_fingerprint, signature
 from histoencoder_core.slides.contents import Contents
 from histoencoder_core.slides.describe import (
     already_described,
@@ -28,6 +29,9 @@ from histoencoder_core.slides.reader import open_slide
 from histoencoder_core.slides.register import Register
 from histoencoder_core.slides.sheet import Sheet
 from histoencoder_core.store import SlideFolder, Stamp, Store, files, layout
+
+_OF_NO_FILE = (-1, -1)
+"""Size and time that no file has: what was set aside for it is looked at again."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +78,12 @@ def receive_slide(store: Store, slide_id: str, found: FoundSlide, sheet: Sheet) 
                 if other is None:
                     _hand_over(contents, folder, slide_id, content)
                 elif _is_gone(store, other):
+                    _take_away(folder)  # first: nobody would look into it any more
                     Register(store).moved(slide_id, other, found)
-                    _take_away(folder)
                 else:
-                    original = Path(Register(store).entries()[other].path)
-                    _set_aside(folder, other, original, inputs)
+                    _set_aside(
+                        folder, other, inputs, of_signature=_described_as_it_is(store, other)
+                    )
                     return Received(slide_id, duplicate_of=other)
             if other is None:
                 # Before it is described: a process that is killed in between must not leave a
@@ -103,15 +108,40 @@ def _other_owner(contents: Contents, slide_id: str, path: Path, content: Content
 
 
 def _is_gone(store: Store, slide_id: str) -> bool:
-    """Whether the file of a described slide is not there any more, or is another by now."""
+    """Whether the file of a described slide is not there any more, or is another by now.
+
+    A share that is not mounted, or a file that is just being written, tells neither.
+    """
     described = read_description(store.slide(slide_id))
     if described is None:
         return False
+    path = Path(described.path)
+    try:
+        if signature(path) == (described.size, described.mtime_ns):
+            return False
+        with open_slide(path) as slide:
+            quickhash = slide.properties.get("quickhash")
+            return content_fingerprint(slide.copy, quickhash=quickhash) != described.sample
+    except FileNotFoundError:
+        root = Path(described.path.removesuffix(described.relative_path))
+        return root.is_dir() and any(root.iterdir())
+    except (OSError, SlideError):
+        return False
+
+
+def _described_as_it_is(store: Store, slide_id: str) -> tuple[int, int]:
+    """The size and time of a slide's file if its description is of it, else of no file.
+
+    Until the slide is described, or described anew, nobody knows whether another is a copy of it.
+    """
+    described = read_description(store.slide(slide_id))
+    if described is None:
+        return _OF_NO_FILE
     try:
         now = signature(Path(described.path))
     except OSError:
-        return True
-    return now != (described.size, described.mtime_ns)
+        return _OF_NO_FILE
+    return now if now == (described.size, described.mtime_ns) else _OF_NO_FILE
 
 
 def _hand_over(contents: Contents, folder: SlideFolder, slide_id: str, content: Content) -> None:
@@ -121,10 +151,12 @@ def _hand_over(contents: Contents, folder: SlideFolder, slide_id: str, content: 
     contents.claim(content.sample, slide_id)
 
 
-def _set_aside(folder: SlideFolder, other: str, path: Path, inputs: dict[str, Any]) -> None:
+def _set_aside(
+    folder: SlideFolder, other: str, inputs: dict[str, Any], *, of_signature: tuple[int, int]
+) -> None:
     """Tell of a duplicate, and take away what was made of the file's former content."""
     _take_away(folder)
-    told = {"of": other, "of_signature": signature(path), **inputs}
+    told = {"of": other, "of_signature": of_signature, **inputs}
     files.write_json(folder.file(layout.DUPLICATE), told)
 
 

@@ -6,18 +6,19 @@ never changes when other slides come or go: it is decided once and written down.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from histoencoder_core.slides.content import signature
-from histoencoder_core.slides.find import FoundSlide
+from histoencoder_core.slides.find import FoundSlide, parts_of, suffix_of
 from histoencoder_core.store import Store, files, layout
 from histoencoder_core.store.schema import begin_store
 
@@ -84,9 +85,9 @@ class Register:
         Returns:
             The slides by id, in the order given.
         """
-        found = list(slides)
         with self._changing() as (entries, aliases):
             known = {entry.path: slide_id for slide_id, entry in entries.items()}
+            found = [as_registered(slide, known) for slide in slides]
             unknown = [slide for slide in found if str(slide.path) not in known]
             # Looking into all folders of the store takes seconds.
             taken = self._taken(entries, aliases) if unknown else set()
@@ -117,11 +118,11 @@ class Register:
             aliases[alias] = slide_id
 
     def read(self) -> Registered:
-        """Read the whole register: of 50,000 slides, that takes a third of a second."""
+        """Read the whole register; it must not be changed, as it is kept for the next who asks."""
+        path = self.store.register_path
         try:
-            content = files.read_json(self.store.register_path)
-            slides = {slide_id: Entry(**entry) for slide_id, entry in content["slides"].items()}
-            return Registered(slides, dict(content.get("aliases", {})))
+            stat = path.stat()
+            return _read(path, (stat.st_ino, stat.st_size, stat.st_mtime_ns))
         except FileNotFoundError:
             return Registered(self._rebuilt(), {})
         except (ValueError, KeyError, TypeError, AttributeError):
@@ -191,6 +192,33 @@ class Register:
                 for entry in self.store.slide(slide_id).path.iterdir()
             )
         }
+
+
+@functools.lru_cache(maxsize=2)
+def _read(path: Path, _version: tuple[int, int, int]) -> Registered:
+    """Read a register: of 50,000 slides, that takes a third of a second."""
+    content = files.read_json(path)
+    slides = {slide_id: Entry(**entry) for slide_id, entry in content["slides"].items()}
+    return Registered(slides, dict(content.get("aliases", {})))
+
+
+def as_registered(slide: FoundSlide, known: Container[str]) -> FoundSlide:
+    """A DICOM slide by the file that it was registered by.
+
+    Which of a series' files stands for it is decided by their names: one that came later may come
+    first.
+
+    Args:
+        slide: The slide as it was found.
+        known: Paths of registered slides.
+    """
+    if suffix_of(slide.path) != ".dcm" or str(slide.path) in known:
+        return slide
+    for part in parts_of(slide.path):
+        if str(part) in known:
+            relative = slide.relative.removesuffix(slide.path.name) + part.name
+            return FoundSlide(part, relative)
+    return slide
 
 
 def plain_id(path: Path) -> str:

@@ -62,12 +62,12 @@ def new_annotations(
         labels.key, DagsterEventType.ASSET_MATERIALIZATION
     )
     now = _signs(store, said, order, seen=seen, ever={*recorded, *seen})
-    attempts, asked_at = Attempts(cursor.get("attempts", {})), cursor.get("asked_at", {})
+    attempts = Attempts(cursor.get("attempts", {}))
     in_flight = InFlight.of(instance, label_slides.name, order)
     owed: dict[str, str] = {}
     for slide_id, sign in now.items():
-        recorded_since = recorded.get(slide_id, 0) > asked_at.get(slide_id, 0)
-        if attempts.of(slide_id, sign) and recorded_since and slide_id not in in_flight.slides:
+        under_way = attempts.is_unrecorded(slide_id, recorded) or slide_id in in_flight.slides
+        if attempts.of(slide_id, sign) and not under_way:
             continue
         if seen.get(slide_id) != sign:
             owed[slide_id] = sign
@@ -75,6 +75,7 @@ def new_annotations(
         owed,
         attempts,
         order=order,
+        recorded=recorded,
         in_flight=in_flight,
         failure=lambda slide_id: store.slide(slide_id).failures().get("labels"),
         most_runs=settings.runs_in_flight,
@@ -82,22 +83,11 @@ def new_annotations(
         now=time.time(),
     )
     attempts.keep({*owed, *in_flight.slides})
-    asked = {slide_id for batch in batches for slide_id in batch}
-    told = attempts.told()
     done = {slide_id: sign for slide_id, sign in now.items() if slide_id not in owed}
     if folder.is_dir():
         done[_FOLDER_SEEN] = str(folder)
-    context.update_cursor(
-        json.dumps(
-            {
-                "seen": _remember(store, done, seen),
-                "attempts": told,
-                "asked_at": {
-                    s: recorded.get(s, 0) if s in asked else asked_at.get(s, 0) for s in told
-                },
-            }
-        )
-    )
+    told = {"seen": _remember(store, done, seen), "attempts": attempts.told()}
+    context.update_cursor(json.dumps(told))
     if not batches:
         return dg.SkipReason("; ".join(["no new annotations", *said.faults]))
     return dg.SensorResult(run_requests=[request(batch) for batch in batches])

@@ -29,11 +29,20 @@ class Attempt:
         sign: What the slide looked like then; if it has changed since, nothing was asked for.
         requests: How often it was asked for.
         not_before: When it may be asked for again if no word is heard of it.
+        failed: When the stage had last failed on it by then, in seconds since 1970; 0 if never.
+        record: Number of Dagster's last record of it by then; 0 if there was none.
     """
 
     sign: str
     requests: int
     not_before: int
+    failed: float = 0
+    record: int = 0
+
+    @property
+    def length(self) -> int:
+        """Number of values up to the last that is none of the defaults."""
+        return 5 if self.record else 4 if self.failed else 3
 
 
 class Attempts:
@@ -52,13 +61,20 @@ class Attempts:
         attempt = self._by_slide.get(slide_id)
         return attempt is not None and attempt.sign != sign
 
-    def note(self, slide_id: str, sign: str, *, requests: int, now: float) -> None:
+    def is_unrecorded(self, slide_id: str, recorded: Mapping[str, int]) -> bool:
+        """Whether a slide was asked for, and nothing was recorded of it since."""
+        attempt = self._by_slide.get(slide_id)
+        return attempt is not None and recorded.get(slide_id, 0) <= attempt.record
+
+    def note(
+        self, slide_id: str, sign: str, *, requests: int, now: float, failed: float, record: int
+    ) -> None:
         """A slide was asked for, for the first or another time.
 
         Without a word on it, it is asked for again after five minutes, then 20, and so on.
         """
         wait = min(FIRST_WAIT * 4 ** (requests - 1), LONGEST_WAIT)
-        self._by_slide[slide_id] = Attempt(sign, requests, int(now + wait))
+        self._by_slide[slide_id] = Attempt(sign, requests, int(now + wait), failed, record)
 
     def keep(self, slides: Collection[str]) -> None:
         """Forget all other slides: nothing is owed of them."""
@@ -66,7 +82,11 @@ class Attempts:
 
     def told(self) -> dict[str, list[Any]]:
         """What to put into the cursor."""
-        return {s: [it.sign, it.requests, it.not_before] for s, it in self._by_slide.items()}
+        # Dagster keeps a cursor with each tick: zeros at the end are left out.
+        return {
+            slide_id: [it.sign, it.requests, it.not_before, it.failed, it.record][: it.length]
+            for slide_id, it in self._by_slide.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -106,6 +126,7 @@ def next_batches(
     attempts: Attempts,
     *,
     order: Sequence[str],
+    recorded: Mapping[str, int],
     in_flight: InFlight,
     failure: Callable[[str], Mapping[str, Any] | None],
     most_runs: int,
@@ -119,6 +140,7 @@ def next_batches(
         owed: What each slide that is owed looks like now.
         attempts: What was asked for before; what is asked for now is added.
         order: All partition keys in Dagster's order.
+        recorded: Number of Dagster's last record of each slide.
         in_flight: Runs under way.
         failure: How the stage failed on a slide, if it did.
         most_runs: Runs that may be in flight.
@@ -137,7 +159,8 @@ def next_batches(
         attempt = attempts.of(slide_id, sign)
         if attempt is None:
             fresh.append(slide_id)
-        elif (failed := failure(slide_id)) is not None:
+        # A failure of before is none of what was asked for since.
+        elif (failed := failure(slide_id)) is not None and _time_of(failed) != attempt.failed:
             if due_again(failed, now):
                 fresh.append(slide_id)
         # A time farther off than any wait is that of a clock that was set back since.
@@ -153,8 +176,19 @@ def next_batches(
     for slide_id in (s for batch in chosen for s in batch):
         before = attempts.of(slide_id, owed[slide_id])
         again = before.requests if before is not None and slide_id in alone else 0
-        attempts.note(slide_id, owed[slide_id], requests=again + 1, now=now)
+        attempts.note(
+            slide_id,
+            owed[slide_id],
+            requests=again + 1,
+            now=now,
+            failed=_time_of(failure(slide_id)),
+            record=recorded.get(slide_id, 0),
+        )
     return chosen
+
+
+def _time_of(failure: Mapping[str, Any] | None) -> float:
+    return 0.0 if failure is None else float(failure.get("at", 0))
 
 
 def contiguous_batches(

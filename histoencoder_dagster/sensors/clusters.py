@@ -1,9 +1,15 @@
 """Watching for enough slides to fit clusters on."""
 
+import json
+import time
+
 import dagster as dg
 
 from histoencoder_core.clusters import current_model
+from histoencoder_core.store.failures import FIRST_WAIT, LONGEST_WAIT
 from histoencoder_dagster.assets import cluster_model
+from histoencoder_dagster.jobs import fit_clusters
+from histoencoder_dagster.partitions import UNFINISHED
 from histoencoder_dagster.resources import Platform
 
 
@@ -25,8 +31,17 @@ def first_cluster_model(
             metadata={"version": model.version, "untrained": model.untrained},
         )
         return dg.SensorResult(asset_events=[found])
+    under_way = dg.RunsFilter(job_name=fit_clusters.name, statuses=UNFINISHED)
+    if context.instance.get_runs_count(under_way):
+        return dg.SkipReason("a cluster model is being fitted")
     ready = sum(store.slide(s).record("features").exists() for s in store.slide_ids())
     if ready < needed:
         return dg.SkipReason(f"{ready} of {needed} slides have features")
-    # A run that failed is tried again when more slides have features.
-    return dg.SensorResult(run_requests=[dg.RunRequest(run_key=f"first-model-{ready}")])
+    # A run that failed or was killed is tried again, ever more rarely.
+    requests, not_before = json.loads(context.cursor) if context.cursor else (0, 0)
+    now = time.time()
+    if now < not_before <= now + LONGEST_WAIT:
+        return dg.SkipReason("the last fit did not succeed; it is tried again later")
+    wait = min(FIRST_WAIT * 4**requests, LONGEST_WAIT)
+    cursor = json.dumps([requests + 1, int(now + wait)])
+    return dg.SensorResult(run_requests=[dg.RunRequest()], cursor=cursor)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Collection
 
 import dagster as dg
+from dagster import DagsterEventType
 
 from histoencoder_core.errors import HistoEncoderError, SettingsError, StoreError
 from histoencoder_core.fingerprint import fingerprint
@@ -47,11 +48,18 @@ def new_slides(
         sheet = platform.sheet()
     except SettingsError as error:  # each slide would fail, and not be asked for again
         return dg.SkipReason(str(error))
+    recorded = instance.get_latest_storage_id_by_partition(
+        slides.key, DagsterEventType.ASSET_MATERIALIZATION
+    )
+    if recorded and not store.register_path.exists():
+        return dg.SkipReason(
+            f"the store {store.root} holds no slide, but {len(recorded)} are on record: is it "
+            "mounted? To begin a new one, wipe the asset 'slides' in Dagster."
+        )
     now = time.time()
     look = platform.arrivals.look(sheet, seconds=LOOKING_SECONDS)
     write_arrivals(store, look)
     order = instance.get_dynamic_partitions(SLIDES)
-    recorded = instance.get_materialized_partitions(slides.key)
     cursor = read_cursor(context.cursor)
     attempts = Attempts(cursor.get("attempts", {}))
     in_flight = InFlight.of(instance, describe_slides.name, order)
@@ -60,7 +68,12 @@ def new_slides(
     except StoreError as error:  # a faulty tiles.csv is no reason to hold back scanned slides
         context.log.warning(str(error))
         tiles = {}
-    unrecorded = [slide_id for slide_id in look.described if slide_id not in recorded]
+    # A run that was killed may have described a slide anew and told nobody.
+    unrecorded = [
+        slide_id
+        for slide_id in look.described
+        if slide_id not in recorded or attempts.is_unrecorded(slide_id, recorded)
+    ]
     owed = {
         **_register(platform, look, room=settings.runs_in_flight - in_flight.runs),
         **dict.fromkeys(unrecorded, "described"),
@@ -72,6 +85,7 @@ def new_slides(
         owed,
         attempts,
         order=[*order, *new],
+        recorded=recorded,
         in_flight=in_flight,
         failure=lambda slide_id: store.slide(slide_id).failures().get("slides"),
         most_runs=settings.runs_in_flight,

@@ -62,6 +62,7 @@ def next_stages(
             owed,
             attempts,
             order=order,
+            recorded=recorded[stage],
             in_flight=in_flight,
             failure=lambda slide_id, stage=stage: store.slide(slide_id).failures().get(stage),  # type: ignore[misc]
             most_runs=settings.runs_in_flight,

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from making import tissue_pixels, write_tiff
+from making import tissue_pixels, write_dicom, write_tiff
 
 from histoencoder_core.slides import Arrivals, Register, Sheet, receive_slide
 from histoencoder_core.slides import arrivals as arrivals_module
@@ -72,12 +72,14 @@ def take_up(store: Store, *folders: Path) -> dict[str, str]:
     }
 
 
-def test_a_copy_that_keeps_an_old_time_is_ready_at_the_second_look(
+def test_a_copy_that_keeps_an_old_time_is_found_once_it_stands_still(
     store: Store, scans: Path, clock: Clock
 ) -> None:
     arrivals = watch(store, scans)
     old(scans / "a.svs")
     assert waiting(arrivals.look(Sheet())) == {"a.svs": "was just seen, or has just changed"}
+    assert waiting(arrivals.look(Sheet())) == {"a.svs": "has not stood still for 60 s"}
+    clock.pass_by(60)
     assert ready(arrivals.look(Sheet())) == ["a.svs"]
 
 
@@ -87,25 +89,58 @@ def test_a_copy_that_grows_under_an_old_time_waits(store: Store, scans: Path, cl
     for size in range(1, 4):
         old(scans / "a.svs", b"x" * size)
         assert ready(arrivals.look(Sheet())) == []
+        clock.pass_by(59)
+    assert ready(arrivals.look(Sheet())) == []
+    clock.pass_by(1)
     assert ready(arrivals.look(Sheet())) == ["a.svs"]
 
 
 @pytest.mark.parametrize("shift", [-86400.0, 0.0, 86400.0])
-def test_a_young_file_waits_whatever_its_clock_says(
+def test_a_file_waits_out_the_settle_time_whatever_its_clock_says(
     store: Store, scans: Path, clock: Clock, shift: float
 ) -> None:
     arrivals = watch(store, scans)
     path = old(scans / "a.svs")
     os.utime(path, (clock.wall + shift, clock.wall + shift))
     arrivals.look(Sheet())
-    for _ in range(3):
+    for _ in range(2):
         clock.pass_by(20)
-        if shift < 0:
-            assert ready(arrivals.look(Sheet())) == ["a.svs"], "it is old"
-            return
-        if clock.steady < 1e5 + 60:
-            assert ready(arrivals.look(Sheet())) == []
+        assert ready(arrivals.look(Sheet())) == []
+    clock.pass_by(20)
     assert ready(arrivals.look(Sheet())) == ["a.svs"]
+
+
+def test_a_folder_that_can_not_be_read_is_away_with_its_slides(
+    store: Store, scans: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiff(scans / "november" / "a.tiff", tissue_pixels(64, 64))
+    write_tiff(scans / "b.tiff", tissue_pixels(64, 64, seed=1))
+    take_up(store, scans)
+    real = os.scandir
+
+    def scandir(path: str) -> object:
+        if Path(path).name == "november":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    look = watch(store, scans).look(Sheet())
+    assert (look.described, look.absent) == (["b"], [])
+    [told] = look.away.values()
+    assert told == f"{scans / 'november'}: can't be read (Permission denied)"
+
+
+def test_a_later_file_of_a_dicom_series_makes_no_second_slide(store: Store, scans: Path) -> None:
+    pixels = tissue_pixels(512, 512)
+    uids = ("1.2.3.1", "1.2.3.2")
+    write_dicom(scans / "2.dcm", pixels, uids=uids, mpp=0.5, patient="X")
+    assert take_up(store, scans) == {"2.dcm": "2"}
+    write_dicom(scans / "1.dcm", pixels[::2, ::2], uids=uids, mpp=1.0, patient="X", level=1)
+    arrivals = watch(store, scans, settle=0)
+    for _ in range(2):
+        look = arrivals.look(Sheet())
+    assert ([it.slide for it in look.ready], look.absent) == (["2"], [])
+    assert take_up(store, scans) == {"2.dcm": "2"}
 
 
 def test_a_clock_that_is_set_back_loses_no_slide(store: Store, scans: Path, clock: Clock) -> None:
@@ -160,6 +195,7 @@ def test_a_slide_of_many_files_waits_for_all_of_them(
         old(scans / name, content.encode())
     assert missing_part(scans / main) is None
     arrivals.look(Sheet())
+    clock.pass_by(60)
     assert main in ready(arrivals.look(Sheet()))
 
 

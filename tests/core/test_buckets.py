@@ -198,6 +198,23 @@ def test_a_bucket_that_is_slow_to_list_holds_up_nobody(
     assert [slide.relative for slide in find_slides(bucket.listed)] == ["a.tiff"]
 
 
+def test_one_object_that_can_not_be_read_takes_no_other_away(
+    objects: Objects, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.tiff", "archived.csv", "z.tiff"):
+        objects.put(name, b"x")
+    write = bucket._write
+
+    def refused(relative: str, *told: object) -> None:
+        if relative == "archived.csv":
+            raise OSError("AWS Error ACCESS_DENIED")
+        write(relative, *told)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(bucket, "_write", refused)
+    bucket.list_anew(seconds=30)
+    assert [slide.relative for slide in find_slides(bucket.listed)] == ["a.tiff", "z.tiff"]
+
+
 def test_copies_make_room_for_others_but_not_while_they_are_read(
     objects: Objects, bucket: Bucket, tmp_path: Path
 ) -> None:
@@ -327,13 +344,16 @@ def bucket_prefix(bucket: Bucket) -> str:
     ("url", "told"),
     [
         ("s3://key:secret@hospital/scans", "AWS_ACCESS_KEY_ID"),
+        ("abfss://scans:secret@account.dfs.core.windows.net", "must hold no key or password"),
+        ("abfss://scans@account.dfs.core.windows.net?sig=secret", "must not tell sig"),
+        ("s3://hospital/scans?secret_key=secret", "must not tell secret_key"),
         ("ftp://hospital/scans", "ftp:// is not read"),
     ],
 )
 def test_an_address_that_can_not_be_used_is_refused(url: str, told: str) -> None:
     with pytest.raises(ValidationError, match=told) as caught:
         PlatformSettings(slides=url)
-    assert "secret" not in str(caught.value).replace("SECRET", "")
+    assert "secret" not in str(caught.value).replace("SECRET", "").replace("secret_key", "")
 
 
 def test_forgetting_a_slide_removes_its_copy(

@@ -223,3 +223,65 @@ def test_a_store_without_the_list_of_contents_makes_it_again(store: Store, scans
     shutil.rmtree(store.contents)
     path.rename(scans / "b.tiff")
     assert receive(store, scans)["b.tiff"].slide == "a"
+
+
+def test_what_is_said_of_a_slide_that_was_not_described_yet_is_looked_at_again(
+    store: Store, scans: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It claims a content, fails, is renamed, and another takes its place: there is no copy."""
+    path = scan(scans / "a.tiff")
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(receive_module, "write_description", full)
+        with pytest.raises(OSError, match="No space"):
+            receive(store, scans)
+    path.rename(scans / "c.tiff")
+    scan(path, seed=1)
+    found = {slide.relative: slide for slide in find_slides(scans)}
+    ids = Register(store).assign(found.values())
+    assert list(ids) == ["a", "c"]
+    assert receive_slide(store, "c", found["c.tiff"], Sheet()).duplicate_of == "a"
+    assert receive_slide(store, "a", found["a.tiff"], Sheet()).duplicate_of is None
+    arrivals = Arrivals(store, [scans], settle_seconds=0)
+    for _ in range(2):
+        look = arrivals.look(Sheet())
+    assert [it.slide for it in look.ready] == ["c"]
+    assert receive(store, scans)["c.tiff"].duplicate_of is None
+    assert store.slide("c").stamp("slides") is not None
+
+
+def test_a_share_that_is_away_does_not_give_its_slides_to_their_copies(
+    store: Store, tmp_path: Path
+) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    path = scan(one / "x.tiff")
+    other.mkdir()
+    shutil.copyfile(path, other / "y.tiff")
+    receive(store, one)
+    assert receive(store, other)["y.tiff"].duplicate_of == "x"
+    one.rename(tmp_path / "away")
+    arrivals = Arrivals(store, [one, other], settle_seconds=0)
+    for _ in range(2):
+        assert arrivals.look(Sheet()).ready == []
+    one.mkdir()  # an empty mount point
+    assert receive(store, other)["y.tiff"].duplicate_of == "x"
+    assert Register(store).entries()["x"].path == str(path)
+
+
+def test_a_slide_that_was_only_touched_does_not_give_its_id_to_its_copy(
+    store: Store, scans: Path
+) -> None:
+    path = scan(scans / "a.tiff")
+    receive(store, scans)
+    shutil.copyfile(path, scans / "b.tiff")
+    receive(store, scans)
+    os.utime(path, (1, 1))
+    found = {slide.relative: slide for slide in find_slides(scans)}
+    (scans / "b.tiff").touch()
+    assert receive_slide(store, "b", found["b.tiff"], Sheet()).duplicate_of == "a"
+    assert Register(store).entries()["a"].path == str(path)
+    receive(store, scans)
+    assert Arrivals(store, [scans], settle_seconds=0).look(Sheet()).described == ["a"]

@@ -222,7 +222,7 @@ def test_every_slide_shows_small_pictures_and_plain_numbers(deployment, test_dat
         assert set(found) == names
         for name, (picture, length) in found.items():
             assert length < 100_000, name
-            assert max(picture.size) == 600
+            assert max(picture.size) == 400
         numbers = [v for v in metadata.values() if isinstance(v, (int, float))]
         assert len(numbers) >= 2, "the UI plots numbers"
     slides, tiles = (deployment.metadata(asset, slide) for asset in ("slides", "tiles"))

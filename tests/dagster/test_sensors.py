@@ -8,6 +8,7 @@ import pytest
 from dagster import DagsterRunStatus
 from PIL import Image
 
+from histoencoder_core.errors import KINDS
 from histoencoder_dagster.jobs import describe_slides
 from histoencoder_dagster.partitions import RANGE_END, RANGE_START, SLIDES
 from histoencoder_dagster.sensors.batches import contiguous_batches
@@ -183,6 +184,46 @@ def test_a_slide_described_by_a_run_that_was_killed_before_it_told_is_not_lost(d
     deployment.instance = kept
     clock(RETRY_SECONDS)
     assert asked(deployment.tick("new_slides")) == [("a", "a")]
+
+
+def test_a_slide_scanned_again_that_a_killed_run_described_is_not_lost(deployment):
+    deployment.drop("a")
+    scan(deployment)
+    deployment.run("tiles")
+    deployment.drop("a", seed=1)
+    deployment.tick("new_slides")
+    assert asked(deployment.tick("new_slides")) == [("a", "a")]
+    other = dg.DagsterInstance.ephemeral()
+    other.add_dynamic_partitions(SLIDES, ["a"])
+    deployment.instance, kept = other, deployment.instance
+    assert deployment.run("slides").success
+    deployment.instance = kept
+    assert deployment.folder("a").stamp("tiles") is None
+    result = deployment.tick("new_slides")
+    assert asked(result) == [("a", "a")]
+    deployment.run_requests(result, "describe_slides")
+    assert asked(deployment.tick("new_slides")) == []
+    assert deployment.due_stages()["tiles"] == {"a"}
+
+
+def test_a_failure_of_before_does_not_hide_that_a_new_try_was_killed(deployment, clock):
+    path = deployment.drop_broken("a.svs")
+    scan(deployment)
+    assert not KINDS[deployment.folder("a").failures()["slides"]["kind"]].transient
+    deployment.drop("whole").replace(path)
+    deployment.tick("new_slides")
+    assert asked(deployment.tick("new_slides")) == [("a", "a")]  # whose run is then killed
+    assert asked(deployment.tick("new_slides")) == []
+    clock(RETRY_SECONDS)
+    assert asked(deployment.tick("new_slides")) == [("a", "a")]
+
+
+def test_a_store_that_is_not_mounted_is_not_begun_anew(deployment):
+    deployment.drop("a")
+    scan(deployment)
+    deployment.settings.store.rename(deployment.settings.store.with_name("unmounted"))
+    assert "is it mounted?" in deployment.tick("new_slides").skip_message
+    assert not deployment.settings.store.exists()
 
 
 def test_a_lost_cursor_asks_for_nothing(deployment):
@@ -522,12 +563,30 @@ def test_the_first_model_is_fitted_once_enough_slides_have_features_and_never_ag
         deployment.run(stage, slides=["c"])
     result = deployment.tick("first_cluster_model")
     assert len(result.run_requests) == 1
-    same_key = deployment.tick("first_cluster_model").run_requests[0].run_key
-    assert same_key == result.run_requests[0].run_key, "else it would run twice"
+    deployment.add("a", "b", "c", "e")
+    for stage in ("slides", "tiles", "features"):
+        deployment.run(stage, slides=["e"])
+    assert isinstance(deployment.tick("first_cluster_model"), dg.SkipReason), "it is on its way"
     assert all(run.success for run in deployment.run_requests(result, "fit_clusters"))
     deployment.add("a", "b", "c", "d")
     for stage in ("slides", "tiles", "features"):
         deployment.run(stage, slides=["d"])
+    assert isinstance(deployment.tick("first_cluster_model"), dg.SkipReason)
+
+
+def test_a_first_fit_that_was_killed_is_asked_for_again_but_not_while_it_runs(deployment, clock):
+    deployment.add("a", "b", "c")
+    for stage in ("slides", "tiles", "features"):
+        deployment.run(stage)
+    assert deployment.tick("first_cluster_model").run_requests
+    run = deployment.instance.create_run_for_job(
+        deployment.defs.resolve_job_def("fit_clusters"), status=DagsterRunStatus.STARTED
+    )
+    clock(RETRY_SECONDS)
+    assert "being fitted" in deployment.tick("first_cluster_model").skip_message
+    deployment.instance.report_run_failed(run)
+    result = deployment.tick("first_cluster_model")
+    assert len(result.run_requests) == 1
     assert isinstance(deployment.tick("first_cluster_model"), dg.SkipReason)
 
 
