@@ -186,7 +186,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers are stopped
-    with tempfile.TemporaryDirectory as folder:
+    with tempfile.TemporaryDirectory() as folder:
         for line in measure(Path(folder), arguments.slides, arguments.per_run, arguments.storage):
             told = {**line, "slides": arguments.slides, **about(dagster="dagster")}
             print(json.dumps(told), flush=True)
