@@ -28,7 +28,7 @@ from about import about
 from cohort_home import tiny_settings, tiny_slide
 from homes import dagster_home
 from scale import alone
-from servers import MODULE, running
+from servers import code_server, running
 
 from histoencoder_core.clusters import assign_slide, current_model, feature_files, save_model
 from histoencoder_core.clusters.fit import fit_clusters
@@ -83,8 +83,11 @@ def timed(took: dict[str, float], name: str) -> Iterator[None]:
 def platform(environment: Mapping[str, str], slides: int) -> float:
     """Run the daemon until all slides are done: the seconds from its start."""
     started = time.monotonic()
-    daemon = [sys.executable, "-m", "dagster._daemon", "run", *MODULE]
-    with running(daemon, environment), dg.DagsterInstance.get() as instance:
+    with contextlib.ExitStack() as stack:
+        _, location = stack.enter_context(code_server(environment))
+        daemon = [sys.executable, "-m", "dagster._daemon", "run", *location]
+        stack.enter_context(running(daemon, environment))
+        instance = stack.enter_context(dg.DagsterInstance.get())
         while len(instance.get_materialized_partitions(dg.AssetKey(STAGES[-1]))) < slides:
             if time.monotonic() - started > PATIENCE:
                 raise TimeoutError(f"not done; see the log in {environment['DAGSTER_HOME']}")

@@ -22,7 +22,9 @@ from dagster._core.scheduler.instigation import TickStatus
 
 Line = dict[str, Any]
 
-MODULE = ["-m", "histoencoder_dagster.definitions"]
+PATIENCE = 180.0
+"""Seconds that a server may take to start."""
+
 
 _STATS = "partitionStats {numMaterialized numPartitions numFailed numMaterializing}"
 _STATUSES = (
@@ -66,7 +68,7 @@ QUERIES = {
 def served(
     environment: Mapping[str, str], *, asset: str, slide: str, seconds: float, repeats: int
 ) -> Iterator[Line]:
-    """Start both, let them tick, ask them.
+    """Start both, as docs/operations.md tells, let them tick, ask them.
 
     Args:
         environment: Of the deployment; `DAGSTER_HOME` among it.
@@ -75,11 +77,16 @@ def served(
         seconds: How long the daemon ticks.
         repeats: How often each query is asked.
     """
-    port = _free_port()
-    web = [sys.executable, "-m", "dagster_webserver", "-h", "127.0.0.1", "-p", str(port), *MODULE]
-    daemon = [sys.executable, "-m", "dagster._daemon", "run", *MODULE]
-    started = time.time()
-    with running(daemon, environment) as daemon_process, running(web, environment) as web_process:
+    port = free_port()
+    with contextlib.ExitStack() as stack:
+        code_process, location = stack.enter_context(code_server(environment))
+        web = ["-m", "dagster_webserver", "-h", "127.0.0.1", "-p", str(port), *location]
+        daemon = ["-m", "dagster._daemon", "run", *location]
+        started = time.time()
+        daemon_process, web_process = (
+            stack.enter_context(running([sys.executable, *command], environment))
+            for command in (daemon, web)
+        )
         _wait_for(f"http://127.0.0.1:{port}/server_info")
         yield {"measure": "start of the web server", "unit": "s", "wall": time.time() - started}
         for name, query in QUERIES.items():
@@ -96,15 +103,39 @@ def served(
                 "bytes": size,
             }
         time.sleep(max(0.0, seconds - (time.time() - started)))
-        for name, process in (("daemon", daemon_process), ("web server", web_process)):
-            own, code = resident_mb(process.pid)
+        for name, process in (
+            ("daemon", daemon_process),
+            ("web server", web_process),
+            ("code server", code_process),
+        ):
+            own, below = resident_mb(process.pid)
             yield {
                 "measure": f"memory of the {name}",
                 "unit": "MB",
                 "own": own,
-                "code_server": code,
+                "of_what_it_started": below,
             }
     yield from _ticks_since(started)
+
+
+@contextlib.contextmanager
+def code_server(
+    environment: Mapping[str, str],
+) -> Iterator[tuple[subprocess.Popen[bytes], list[str]]]:
+    """The server of the platform's code: its process, and the words that name it to others."""
+    port = free_port()
+    place = ["-h", "127.0.0.1", "-p", str(port)]
+    module = ["-m", "histoencoder_dagster.definitions", "--location-name", "histoencoder_dagster"]
+    words = [sys.executable, "-m", "dagster", "code-server", "start", *module, *place]
+    with running(words, environment) as process:
+        end = time.monotonic() + PATIENCE
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            if time.monotonic() > end:
+                raise TimeoutError("the code server does not start")
+            time.sleep(0.5)
+        yield process, ["--grpc-host", "127.0.0.1", "--grpc-port", str(port)]
 
 
 @contextlib.contextmanager
@@ -112,7 +143,7 @@ def running(
     command: Sequence[str], environment: Mapping[str, str]
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A process, ended with all that it started."""
-    log = Path(environment["DAGSTER_HOME"]) / f"{Path(command[2]).name}.log"
+    log = Path(environment["DAGSTER_HOME"]) / f"{command[2]}.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, env={**os.environ, **environment}, stdout=output, stderr=output,
@@ -183,8 +214,8 @@ def _ask(port: int, query: str, variables: dict[str, str]) -> bytes:
     return bytes(answer)
 
 
-def _wait_for(url: str, patience: float = 180) -> None:
-    end = time.monotonic() + patience
+def _wait_for(url: str) -> None:
+    end = time.monotonic() + PATIENCE
     while True:
         try:
             urllib.request.urlopen(url, timeout=10).close()
@@ -196,7 +227,8 @@ def _wait_for(url: str, patience: float = 180) -> None:
             return
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         return int(taken.getsockname()[1])

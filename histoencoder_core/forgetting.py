@@ -153,6 +153,7 @@ def _of_many(store: Store) -> Iterator[Trace]:
         evaluation_path(store),
         index_folder(store),
         store.arrivals_path,
+        store.stillness_path,
         store.annotations_seen_path,
         store.checks,
     ):

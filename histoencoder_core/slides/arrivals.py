@@ -9,8 +9,8 @@
     register ──▶ slides whose file is not among them ────────────────────▶ absent
 
 What is owed follows from the files and from the store, never from what was asked for before: a
-crash loses nothing, and nothing is computed twice. What a look remembers for the next is only kept
-in memory; after a restart it takes two looks more.
+crash loses nothing, and nothing is computed twice. How long files have stood still is kept in the
+store, as Dagster's daemon may start the process that looks anew each minute.
 """
 
 from __future__ import annotations
@@ -93,6 +93,7 @@ class Look:
         absent: Slides whose file is gone.
         away: Folders of slides that are not there, and why: of their slides nothing is known.
         unlooked: Number of slides that there was no time to look into; they come next.
+        troubles: Fingerprint of all failures and duplicates; None if not all were looked into.
     """
 
     ready: list[Ready]
@@ -103,6 +104,7 @@ class Look:
     absent: list[str]
     away: dict[Path, str]
     unlooked: int
+    troubles: str | None
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,8 @@ class Arrivals:
 
     def __init__(self, store: Store, sources: Sequence[Source], *, settle_seconds: float) -> None:
         self.store, self.sources, self.settle_seconds = store, sources, settle_seconds
-        self._stillness: dict[str, _Stillness] = {}
+        self._stillness: dict[str, _Stillness] | None = None
+        self._told: dict[str, list[Any]] | None = None
         self._folders: dict[str, _Folder] = {}
 
     def look(self, sheet: Sheet, *, seconds: float = float("inf")) -> Look:
@@ -207,7 +210,7 @@ class Arrivals:
                 ready.append(Ready(found, sign, slide_id))
             else:
                 waiting.append(Waiting(path, found.relative, seen.first_seen, reason))
-        self._stillness = stillness
+        self._keep(stillness)
         return Look(
             ready=sorted(ready, key=lambda it: (it.signature[1], it.found.relative)),
             registered=list(entries),
@@ -217,11 +220,10 @@ class Arrivals:
             absent=sorted(entries.keys() - by_id.keys() - beyond_reach),
             away=away,
             unlooked=unlooked,
+            troubles=None if unlooked else self._troubles(),
         )
 
-    @property
-    def troubles(self) -> str:
-        """Fingerprint of all failures and duplicates that were seen in slides' folders."""
+    def _troubles(self) -> str:
         return fingerprint(
             [
                 [slide_id, folder.failures, folder.original]
@@ -254,10 +256,47 @@ class Arrivals:
         return known
 
     def _seen(self, path: str, sign: Signature, now: float) -> _Stillness:
+        if self._stillness is None:
+            self._stillness = self._kept()
         last, steady = self._stillness.get(path), time.monotonic()
         if last is None or last.signature != sign:
             return _Stillness(sign, last.first_seen if last else now, steady, 1)
         return _Stillness(sign, last.first_seen, last.still_since, last.looks + 1)
+
+    def _keep(self, stillness: dict[str, _Stillness]) -> None:
+        """Remember how long files have stood still, for the next look and for another process.
+
+        No clock is written down but the time that a file is told to wait since: a process that
+        comes later goes on counting from where this one was.
+        """
+        self._stillness = stillness
+        steady = time.monotonic()
+        told = {
+            path: [
+                *seen.signature,
+                seen.first_seen,
+                round(min(steady - seen.still_since, self.settle_seconds), 1),
+                min(seen.looks, 2),
+            ]
+            for path, seen in stillness.items()
+        }
+        path = self.store.stillness_path
+        if told != self._told and (told or path.exists()):
+            with files.locked_to_write(path):
+                files.write_json(path, told, indent=None)
+        self._told = told
+
+    def _kept(self) -> dict[str, _Stillness]:
+        """What another process remembered last."""
+        steady = time.monotonic()
+        try:
+            told = files.read_json(self.store.stillness_path)
+            return {
+                path: _Stillness((size, mtime_ns), first_seen, steady - still, looks)
+                for path, (size, mtime_ns, first_seen, still, looks) in told.items()
+            }
+        except (FileNotFoundError, ValueError, TypeError, AttributeError):
+            return {}
 
     def _why_wait(self, path: Path, seen: _Stillness) -> str | None:
         if seen.signature[0] == 0:
@@ -327,6 +366,7 @@ def write_arrivals(store: Store, look: Look) -> None:
         ],
         "absent": {slide_id: before["absent"].get(slide_id, now) for slide_id in look.absent},
         "away": list(look.away.values()),
+        "troubles": look.troubles or before["troubles"],
     }
     if content != before:
         with files.locked_to_write(store.arrivals_path):
@@ -334,8 +374,14 @@ def write_arrivals(store: Store, look: Look) -> None:
 
 
 def read_arrivals(store: Store) -> dict[str, Any]:
-    """What `write_arrivals` wrote last: ``waiting, new, absent, away``."""
-    nothing: dict[str, Any] = {"waiting": [], "new": [], "absent": {}, "away": []}
+    """What `write_arrivals` wrote last: ``waiting, new, absent, away, troubles``."""
+    nothing: dict[str, Any] = {
+        "waiting": [],
+        "new": [],
+        "absent": {},
+        "away": [],
+        "troubles": None,
+    }
     try:
         return {**nothing, **files.read_json(store.arrivals_path)}
     except (FileNotFoundError, ValueError, TypeError):

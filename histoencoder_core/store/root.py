@@ -70,6 +70,11 @@ class Store:
         return self.cohort / "arrivals.json"
 
     @property
+    def stillness_path(self) -> Path:
+        """How long files that wait have stood still."""
+        return self.cohort / "stillness.json"
+
+    @property
     def annotations_seen_path(self) -> Path:
         """What the platform last saw of annotations."""
         return self.cohort / "annotations_seen.json"

@@ -110,6 +110,42 @@ def test_a_file_waits_out_the_settle_time_whatever_its_clock_says(
     assert ready(arrivals.look(Sheet())) == ["a.svs"]
 
 
+def test_a_process_for_each_minute_sees_files_stand_still_as_one_does(
+    store: Store, scans: Path, clock: Clock
+) -> None:
+    """Dagster's daemon starts the process that sensors run in anew each minute."""
+    old(scans / "a.svs")
+    seen = []
+    for _ in range(4):
+        clock.steady = 0.0  # of another boot, even
+        arrivals = watch(store, scans)
+        for _ in range(2):
+            seen.append(ready(arrivals.look(Sheet())))
+            clock.pass_by(15)
+    assert seen[:5] == [[]] * 5
+    assert seen[-1] == ["a.svs"]
+    old(scans / "a.svs", b"xy")
+    assert waiting(watch(store, scans).look(Sheet())) == {
+        "a.svs": "was just seen, or has just changed"
+    }
+
+
+def test_troubles_are_told_the_same_by_another_process(
+    store: Store, scans: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arrivals_module, "_AT_LEAST", 1)
+    for name in "ab":
+        write_tiff(scans / f"{name}.tiff", tissue_pixels(64, 64))  # of one content
+    take_up(store, scans)
+    write_arrivals(store, watch(store, scans).look(Sheet()))
+    told = read_arrivals(store)
+    assert told["troubles"] is not None
+    another = watch(store, scans)
+    for _ in range(3):
+        write_arrivals(store, another.look(Sheet(), seconds=0))
+        assert read_arrivals(store) == told
+
+
 def test_a_folder_that_can_not_be_read_is_away_with_its_slides(
     store: Store, scans: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
