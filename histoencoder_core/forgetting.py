@@ -185,6 +185,8 @@ def _in_register(store: Store, slides: Collection[str]) -> Iterator[Trace]:
                 content["slides"].pop(slide_id, None)
             aliases = content.get("aliases", {})
             content["aliases"] = {a: s for a, s in aliases.items() if not {a, s} & {*slides}}
+            for slide_id in slides:
+                content.get("former", {}).pop(slide_id, None)
             files.write_json(path, content)
 
     known = [*Register(store).entries(), *Register(store).aliases()]

@@ -29,7 +29,8 @@ def forget(
     """Remove slides' files, catalog rows, partitions and events, and tell what still knows them."""
     deployment = PlatformSettings()
     store = Store(input_dir or deployment.store)
-    entries, aliases = Register(store).entries(), Register(store).aliases()
+    registered = Register(store).read()
+    entries, aliases = registered.slides, registered.aliases
     slides = [aliases.get(slide_id, slide_id) for slide_id in slides]
     slides += [alias for alias, slide_id in aliases.items() if slide_id in slides]
     found = traces(store, slides)
@@ -38,7 +39,9 @@ def forget(
     for trace in found:
         typer.echo(f"{trace.path}: {trace.what}.")
     # Dagster comes first: it refuses while a run is at work on a slide.
-    known = _forget_in_dagster(slides, entries, yes=yes)
+    places = [entries[slide_id] for slide_id in slides if slide_id in entries]
+    places += [entry for slide_id in slides for entry in registered.former.get(slide_id, [])]
+    known = _forget_in_dagster(slides, places, yes=yes)
     if not found and not known:
         raise StoreError(
             f"{', '.join(slides)}: not known. `histoencoder status` lists all slides by their ids."
@@ -56,14 +59,13 @@ def forget(
         typer.echo("- Dagster, if it ever ran: DAGSTER_HOME is not set, so it was not looked at.")
 
 
-def _forget_in_dagster(slides: list[str], entries: dict[str, Entry], *, yes: bool) -> bool:
+def _forget_in_dagster(slides: list[str], places: list[Entry], *, yes: bool) -> bool:
     """Whether Dagster's records held anything of the slides; with `yes` it no longer does."""
     if "DAGSTER_HOME" not in os.environ:
         return False
-    files = [entries[slide_id] for slide_id in slides if slide_id in entries]
     names = [
         f"--name={name}"
-        for entry in files
+        for entry in places
         for name in (entry.path, entry.relative, Path(entry.path).name)
     ]
     # The orchestrator builds on this package, not the other way round: it is run, not imported.

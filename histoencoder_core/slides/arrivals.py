@@ -419,8 +419,8 @@ def _below(entries: Mapping[str, Entry], away: Iterable[Path]) -> set[str]:
 
 
 def _original(duplicate: Mapping[str, Any]) -> tuple[str, Signature]:
-    size, mtime_ns = duplicate["of_signature"]
-    return duplicate["of"], (size, mtime_ns)
+    size, mtime_ns = duplicate.get("of_signature", (-1, -1))
+    return duplicate.get("of", ""), (size, mtime_ns)
 
 
 def _changed(folder: str) -> int:

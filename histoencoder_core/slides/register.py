@@ -14,7 +14,7 @@ import re
 from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from histoencoder_core.slides.content import signature
@@ -49,10 +49,20 @@ class Registered:
         slides: All registered slides by id, in the order they were registered.
         aliases: Ids that files had until it was found out which slide they are, with that slide's
             id.
+        former: Where slides were before they were moved.
     """
 
-    slides: dict[str, Entry]
-    aliases: dict[str, str]
+    slides: dict[str, Entry] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    former: dict[str, list[Entry]] = field(default_factory=dict)
+
+    def place(self, slide_id: str, found: FoundSlide) -> None:
+        """Note where a slide is now."""
+        entry = Entry(str(found.path), found.relative)
+        before = self.slides.get(slide_id)
+        if before is not None and before != entry:
+            self.former[slide_id] = [*self.former.get(slide_id, []), before]
+        self.slides[slide_id] = entry
 
 
 class Register:
@@ -85,12 +95,13 @@ class Register:
         Returns:
             The slides by id, in the order given.
         """
-        with self._changing() as (entries, aliases):
+        with self._changing() as register:
+            entries = register.slides
             known = {entry.path: slide_id for slide_id, entry in entries.items()}
             found = [as_registered(slide, known) for slide in slides]
             unknown = [slide for slide in found if str(slide.path) not in known]
             # Looking into all folders of the store takes seconds.
-            taken = self._taken(entries, aliases) if unknown else set()
+            taken = self._taken(entries, register.aliases) if unknown else set()
             places: dict[str, list[str]] = defaultdict(list)
             for slide_id, entry in entries.items() if unknown else ():
                 places[entry.relative].append(slide_id)
@@ -100,7 +111,7 @@ class Register:
                 if mounted is None:
                     taken.add(slide_id.casefold())
                     places[slide.relative].append(slide_id)
-                entries[slide_id] = Entry(str(slide.path), slide.relative)
+                register.place(slide_id, slide)
                 known[str(slide.path)] = slide_id
         return {known[str(slide.path)]: slide for slide in found}
 
@@ -112,10 +123,10 @@ class Register:
             slide_id: The slide that it is.
             found: The file.
         """
-        with self._changing() as (entries, aliases):
-            entries.pop(alias, None)
-            entries[slide_id] = Entry(str(found.path), found.relative)
-            aliases[alias] = slide_id
+        with self._changing() as register:
+            register.slides.pop(alias, None)
+            register.place(slide_id, found)
+            register.aliases[alias] = slide_id
 
     def read(self) -> Registered:
         """Read the whole register; it must not be changed, as it is kept for the next who asks."""
@@ -124,24 +135,21 @@ class Register:
             stat = path.stat()
             return _read(path, (stat.st_ino, stat.st_size, stat.st_mtime_ns))
         except FileNotFoundError:
-            return Registered(self._rebuilt(), {})
+            return Registered(self._rebuilt())
         except (ValueError, KeyError, TypeError, AttributeError):
             log.warning("%s is damaged; rebuilding it", self.store.register_path)
-            return Registered(self._rebuilt(), {})
+            return Registered(self._rebuilt())
 
     @contextmanager
-    def _changing(self) -> Iterator[tuple[dict[str, Entry], dict[str, str]]]:
+    def _changing(self) -> Iterator[Registered]:
         """Change the register, while no other process does."""
         begin_store(self.store.root)
         with files.locked_to_write(self.store.register_path):
-            content = self.read()
-            slides, aliases = dict(content.slides), dict(content.aliases)
-            yield slides, aliases
-            if Registered(slides, aliases) != content or not self.store.register_path.exists():
-                told = {slide_id: asdict(entry) for slide_id, entry in slides.items()}
-                files.write_json(
-                    self.store.register_path, {"version": 1, "slides": told, "aliases": aliases}
-                )
+            before = self.read()
+            now = Registered(dict(before.slides), dict(before.aliases), dict(before.former))
+            yield now
+            if now != before or not self.store.register_path.exists():
+                files.write_json(self.store.register_path, {"version": 1, **asdict(now)})
 
     def _mounted_elsewhere(
         self, slide: FoundSlide, candidates: list[str], entries: dict[str, Entry]
@@ -199,7 +207,10 @@ def _read(path: Path, _version: tuple[int, int, int]) -> Registered:
     """Read a register: of 50,000 slides, that takes a third of a second."""
     content = files.read_json(path)
     slides = {slide_id: Entry(**entry) for slide_id, entry in content["slides"].items()}
-    return Registered(slides, dict(content.get("aliases", {})))
+    former = {
+        s: [Entry(**entry) for entry in told] for s, told in content.get("former", {}).items()
+    }
+    return Registered(slides, dict(content.get("aliases", {})), former)
 
 
 def as_registered(slide: FoundSlide, known: Container[str]) -> FoundSlide:

@@ -27,7 +27,7 @@ def due_again(failure: Mapping[str, Any], now: float) -> bool:
         >>> due_again(failure, now=1e9 + 1000), due_again(failure, now=1e9 + 1201)
         (False, True)
     """
-    kind = KINDS.get(failure["kind"])
+    kind = KINDS.get(failure.get("kind", ""))
     if kind is None or not kind.transient:
         return False
     at, attempts = float(failure.get("at", 0)), int(failure.get("attempts", 1))

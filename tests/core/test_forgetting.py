@@ -106,7 +106,9 @@ def test_a_model_is_not_taken_for_one_fitted_without_the_slide(grown: Store) -> 
 def test_what_is_known_of_moved_and_copied_files_goes_too(grown: Store) -> None:
     register, contents = Register(grown), Contents(grown)
     entry = register.entries()[GONE]
-    register.moved("former-name", GONE, FoundSlide(Path(entry.path), entry.relative))
+    moved = FoundSlide(Path(entry.path).with_name("now.tiff"), "now.tiff")
+    register.moved("former-name", GONE, moved)
+    assert register.read().former == {GONE: [entry]}
     with contents.locked():
         contents.claim("ab" * 32, GONE)
     copy = grown.slide("a-copy")
@@ -119,7 +121,7 @@ def test_what_is_known_of_moved_and_copied_files_goes_too(grown: Store) -> None:
         trace.remove()
     assert found_in(grown.root, [GONE, "former-name"]) == {}
     assert copy.duplicate() is None
-    assert Register(grown).aliases() == {}
+    assert (Register(grown).aliases(), Register(grown).read().former) == ({}, {})
 
 
 def test_what_others_wrote_stays_and_is_told(grown: Store, tmp_path: Path) -> None:
