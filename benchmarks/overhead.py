@@ -43,7 +43,6 @@ Line = dict[str, Any]
 
 JOBS = {"slides": describe_slides, **{s: STAGE_JOBS[s] for s in ("tiles", "features", "clusters")}}
 STAGES = tuple(JOBS)
-TICK_SECONDS = 5
 PATIENCE = 3600.0
 
 
@@ -134,7 +133,6 @@ def environment_of(settings: PlatformSettings, *, per_run: int) -> dict[str, str
         "READERS": "1",
         "SETTLE_SECONDS": "0",
         "SLIDES_PER_RUN": str(per_run),
-        "TICK_SECONDS": str(TICK_SECONDS),
         "TILING": settings.tiling.model_dump_json(include={"tile_px", "overlap"}),
         "ENCODER": settings.encoder.model_dump_json(include={"name", "input_size"}),
         "CLUSTERS": settings.clusters.model_dump_json(include={"n_clusters"}),

@@ -15,8 +15,7 @@ from encoding import small_encoder
 from histoencoder_core.errors import KINDS, SlideError
 from histoencoder_core.features import Runner, extract_slides
 from histoencoder_core.settings import TilingSettings
-from histoencoder_core.slides import Register, describe_slide, find_slides
-from histoencoder_core.slides.sheet import SheetRow
+from histoencoder_core.slides import Register, Sheet, find_slides, receive_slide
 from histoencoder_core.store import Store
 from histoencoder_core.tiles import cut_tiles
 
@@ -48,7 +47,7 @@ def test_odd_files_fail_alone_and_their_neighbours_are_done(
     outcomes, reasons = {}, {}
     for slide_id, slide in found.items():
         try:
-            describe_slide(store.slide(slide_id), slide, SheetRow())
+            receive_slide(store, slide_id, slide, Sheet())
             cut_tiles(store.slide(slide_id), TilingSettings(mpp=4, tile_px=64))
         except SlideError as error:
             outcomes[slide.relative], reasons[slide.path] = error.kind, str(error)

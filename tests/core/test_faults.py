@@ -32,7 +32,7 @@ from histoencoder_core.settings import (
     LabelSettings,
     TilingSettings,
 )
-from histoencoder_core.slides import Register, Sheet, describe_slide, find_slides
+from histoencoder_core.slides import Register, Sheet, find_slides, receive_slide
 from histoencoder_core.store import Store
 from histoencoder_core.store.files import remove
 from histoencoder_core.tiles import cut_tiles, tile_source
@@ -119,8 +119,7 @@ class Work:
 
     def describe(self, name: str) -> Any:
         found = {slide.path.stem: slide for slide in find_slides(self.slides)}
-        row = Sheet.read(None).row(name, relative=f"{name}.tiff")
-        return describe_slide(self.store.slide(name), found[name], row)
+        return receive_slide(self.store, name, found[name], Sheet()).stamp
 
     def extract(self) -> Any:
         with extract_slides(self.store, ["a"], self.runner) as found:
