@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo ui test lint typecheck unit chaos mutants bench-catalog bench-extraction bench-clusters bench-similar bench-scale bench-tissue audit clean
+.PHONY: help install demo ui test lint typecheck unit chaos mutants bench-catalog bench-extraction bench-clusters bench-similar bench-scale bench-overhead bench-tissue audit clean
 
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -57,6 +57,9 @@ mutants: $(INSTALLED) ## Bring 1,000 damaged slides through the stages; needs HI
 
 bench-scale: $(INSTALLED) ## Measure ticks, catalog, commands and servers at up to 50,000 slides; BENCH=<more options>
 	$(BIN)/python benchmarks/scale.py $(BENCH)
+
+bench-overhead: $(INSTALLED) ## Measure what Dagster adds to a slide and stage; BENCH=<more options>
+	$(BIN)/python benchmarks/overhead.py $(BENCH)
 
 bench-tissue: $(INSTALLED) ## Measure how much ink passes for tissue; needs HISTOENCODER_TEST_DATA; BENCH=<more options>
 	$(BIN)/python benchmarks/tissue.py $(BENCH)

@@ -1,12 +1,14 @@
-"""Runs of the live platform are killed at random moments; it heals by itself.
+"""Runs of the platform are killed; it heals by itself.
 
-Part of `make chaos`, as it takes minutes.
+In the short form, one run of each stage is killed once it has made something. In the long form, a
+part of `make chaos`, runs of the live platform are killed at random moments.
 """
 
 import json
 import os
 import random
 import signal
+import subprocess
 import time
 from collections import Counter
 from pathlib import Path
@@ -14,10 +16,10 @@ from pathlib import Path
 import dagster as dg
 import pytest
 from killing import content_of, differences
-from test_end_to_end import Live, annotate
+from test_end_to_end import BIN, REPOSITORY, Live, annotate
 
 from histoencoder_core.store import Store
-from histoencoder_dagster.partitions import SLIDES
+from histoencoder_dagster.partitions import RANGE_END, RANGE_START, SLIDES
 
 KILLS = 16
 LIFETIME = 20.0
@@ -34,13 +36,14 @@ UNFINISHED = [
     dg.DagsterRunStatus.CANCELING,
 ]
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(1200),
-    pytest.mark.skipif(
-        "HISTOENCODER_CHAOS_KILLS" not in os.environ, reason="takes minutes; see `make chaos`"
-    ),
-]
+JOBS = {
+    "slides": "describe_slides",
+    "tiles": "cut_tiles",
+    "features": "extract_features",
+    "clusters": "assign_clusters",
+}
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def workers(home: Path) -> list[int]:
@@ -109,7 +112,9 @@ def slides_of(store: Store) -> dict[str, object]:
     return found
 
 
-def test_killed_runs_are_made_up_for(tmp_path, deployment, write_slide):
+@pytest.fixture
+def live(tmp_path, write_slide):
+    """The folders of a platform that has what the fixture `deployment` has."""
     (tmp_path / "live").mkdir()
     live = Live(tmp_path / "live")
     live.env |= {
@@ -117,9 +122,65 @@ def test_killed_runs_are_made_up_for(tmp_path, deployment, write_slide):
         "HISTOENCODER_CLUSTERS__N_CLUSTERS": "[2,3]",
         "HISTOENCODER_BATCH_SIZE": "16",
     }
-    patient(live)
     for seed, name in enumerate(NAMES):
         write_slide(live.slides / f"{name}.tiff", seed=seed, size=1024)
+    return live
+
+
+def killed_at_work(live: Live, instance: dg.DagsterInstance, stage: str) -> None:
+    """Run a stage on all slides, and kill it once one of them is made."""
+    tags = json.dumps({RANGE_START: NAMES[0], RANGE_END: NAMES[-1]})
+    module = ["-m", "histoencoder_dagster.definitions"]
+    words = [BIN / "dagster", "job", "execute", *module, "-j", JOBS[stage], "--tags", tags]
+    with (live.home / f"{stage}.log").open("wb") as log:
+        run = subprocess.Popen(
+            words, cwd=REPOSITORY, env=live.env, stdout=log, stderr=log, start_new_session=True
+        )
+    first = Store(live.store).slide(NAMES[0])
+    while run.poll() is None and first.stamp(stage) is None:
+        time.sleep(0.01)
+    assert run.poll() is None, (live.home / f"{stage}.log").read_text()
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+    [started] = instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED]))
+    # As the code server and the daemon do when they find a run's process gone.
+    instance.report_run_failed(started)
+    instance.event_log_storage.free_concurrency_slots_for_run(started.run_id)
+
+
+def test_a_run_killed_in_each_stage_loses_and_doubles_nothing(live, deployment):
+    deployment.change(slides=(live.slides,))
+    reference, elsewhere = deployment.settings.store, deployment.instance
+    with dg.DagsterInstance.from_config(str(live.home)) as deployment.instance:
+        deployment.change(store=live.store)
+        deployment.register()
+        for stage in JOBS:
+            if stage == "clusters":
+                deployment.run("cluster_model")
+            killed_at_work(live, deployment.instance, stage)
+            assert deployment.recorded(stage) < set(NAMES), "it was killed too late"
+            if stage == "slides":
+                deployment.tick("new_slides")
+                deployment.run_requests(deployment.tick("new_slides"), "describe_slides")
+            else:
+                deployment.run_due({stage: deployment.due_stages()[stage]})
+            assert deployment.recorded(stage) == set(NAMES)
+        assert set(deployment.partitions()) == set(NAMES)
+    deployment.instance = elsewhere
+    deployment.change(store=reference)
+    deployment.register()
+    for stage in ("slides", "tiles", "features"):
+        assert deployment.run(stage).success
+    deployment.run("cluster_model")
+    deployment.run("clusters")
+    assert differences(slides_of(Store(live.store)), slides_of(deployment.store)) == []
+
+
+@pytest.mark.skipif(
+    "HISTOENCODER_CHAOS_KILLS" not in os.environ, reason="takes minutes; see `make chaos`"
+)
+def test_killed_runs_are_made_up_for(live, deployment):
+    patient(live)
     annotate(live.slides / "annotations", "a", "tumour")
     rng = random.Random(SEED)
     hits: Counter[str] = Counter()
