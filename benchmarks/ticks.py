@@ -34,7 +34,7 @@ SENSORS = (
 )  # fmt: skip
 AUTOMATION = ("cohort_follows_slides", "report_follows_cohort")
 
-WARMING = 60
+WARMING = 20
 """Most ticks until a sensor that reads what it has time for has read all."""
 
 
