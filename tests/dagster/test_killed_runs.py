@@ -160,8 +160,8 @@ def test_a_run_killed_in_each_stage_loses_and_doubles_nothing(live, deployment):
             killed_at_work(live, deployment.instance, stage)
             assert deployment.recorded(stage) < set(NAMES), "it was killed too late"
             if stage == "slides":
-                deployment.tick("new_slides")
-                deployment.run_requests(deployment.tick("new_slides"), "describe_slides")
+                for _ in range(2):  # what was described but not recorded is asked for at once
+                    deployment.run_requests(deployment.tick("new_slides"), "describe_slides")
             else:
                 deployment.run_due({stage: deployment.due_stages()[stage]})
             assert deployment.recorded(stage) == set(NAMES)
