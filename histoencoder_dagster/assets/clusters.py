@@ -60,7 +60,6 @@ def cluster_model(
     deps=[features, cluster_model],
     group_name="slide",
     kinds={"parquet"},
-    output_required=False,  # see each_slide
 )
 def clusters(
     context: dg.AssetExecutionContext, platform: dg.ResourceParam[Platform]

@@ -42,7 +42,6 @@ GPU_TAGS: dict[str, Any] = {
     kinds={"pytorch", "parquet"},
     op_tags=GPU_TAGS,
     pool="gpu",
-    output_required=False,  # see each_slide
 )
 def features(
     context: dg.AssetExecutionContext, platform: dg.ResourceParam[Platform]

@@ -16,13 +16,7 @@ from histoencoder_dagster.partitions import slide_partitions
 from histoencoder_dagster.resources import Platform
 
 
-@dg.asset(
-    partitions_def=slide_partitions,
-    deps=[tiles],
-    group_name="slide",
-    kinds={"geojson"},
-    output_required=False,  # see each_slide
-)
+@dg.asset(partitions_def=slide_partitions, deps=[tiles], group_name="slide", kinds={"geojson"})
 def labels(
     context: dg.AssetExecutionContext, platform: dg.ResourceParam[Platform]
 ) -> Iterator[dg.MaterializeResult[None]]:

@@ -19,7 +19,6 @@ from histoencoder_dagster.resources import Platform
     deps=[slides],
     group_name="slide",
     kinds={"parquet"},
-    output_required=False,  # see each_slide
 )
 def tiles(
     context: dg.AssetExecutionContext, platform: dg.ResourceParam[Platform]
