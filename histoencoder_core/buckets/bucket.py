@@ -29,6 +29,7 @@ COPIES = "copies"
 _TOLD = "bucket.json"
 
 _READ_AT_ONCE = frozenset([".csv", ".geojson", ".ini", ".json", ".vms", ".vmu", ".yaml", ".yml"])
+_ANNOTATIONS = "annotations"
 _MOST_AT_ONCE = 64 * 2**20
 _HEAD_BYTES = 2**16
 _MOST_NAME_BYTES = 255
@@ -256,7 +257,8 @@ def _can_be_a_path(relative: str) -> bool:
 def _bytes_at_once(path: PurePosixPath, size: int) -> int:
     """How much of an object is read when it is found: what finding slides has to read of it."""
     suffix = path.suffix.lower()
-    if suffix in _READ_AT_ONCE and size <= _MOST_AT_ONCE:
+    read = suffix in _READ_AT_ONCE or _ANNOTATIONS in path.parts[:-1]
+    if read and size <= _MOST_AT_ONCE:
         return size
     return min(size, _HEAD_BYTES) if suffix == ".dcm" else 0
 

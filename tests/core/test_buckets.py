@@ -305,11 +305,13 @@ def test_tables_and_annotations_beside_slides_are_read(objects: Objects, tmp_pat
     settings = PlatformSettings(slides=objects.url, bucket_copies=tmp_path / "buckets")
     objects.put("slides.csv", b"slide,mpp\na,0.5\n")
     objects.put("annotations/a.geojson", b"{}")
+    objects.put("annotations/a.png", b"a mask")
     objects.put("a.tiff", b"x" * 10)
     find_in(settings.sources)
     assert settings.sheet_path is not None
     assert Sheet.read(settings.sheet_path).row("a", relative="a.tiff").mpp == 0.5
     assert (settings.annotations_folder / "a.geojson").read_text() == "{}"
+    assert (settings.annotations_folder / "a.png").read_bytes() == b"a mask"
 
 
 def test_no_object_can_leave_the_folder(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
