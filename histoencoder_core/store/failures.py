@@ -13,6 +13,17 @@ FIRST_WAIT = 300.0
 LONGEST_WAIT = 86400.0
 
 
+def wait_after(attempts: int) -> float:
+    """Seconds from the last of so many tries to the next.
+
+    Example:
+        >>> wait_after(1), wait_after(2), wait_after(999)
+        (300.0, 1200.0, 86400.0)
+    """
+    # Of more than some hundred tries, the power would be too large for a number.
+    return float(min(FIRST_WAIT * 4.0 ** min(attempts - 1, 9), LONGEST_WAIT))
+
+
 def due_again(failure: Mapping[str, Any], now: float) -> bool:
     """Whether a failure may have passed: it is of a transient kind, and some time has gone by.
 
@@ -30,7 +41,6 @@ def due_again(failure: Mapping[str, Any], now: float) -> bool:
     kind = KINDS.get(failure.get("kind", ""))
     if kind is None or not kind.transient:
         return False
-    at, attempts = float(failure.get("at", 0)), int(failure.get("attempts", 1))
-    wait = min(FIRST_WAIT * 4 ** (attempts - 1), LONGEST_WAIT)
+    at, wait = float(failure.get("at", 0)), wait_after(int(failure.get("attempts", 1)))
     # A time in the future is that of a clock that was set back since.
     return not at <= now < at + wait

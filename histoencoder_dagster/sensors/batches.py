@@ -13,7 +13,7 @@ from typing import Any
 import dagster as dg
 from dagster import RunsFilter
 
-from histoencoder_core.store.failures import FIRST_WAIT, LONGEST_WAIT, due_again
+from histoencoder_core.store.failures import LONGEST_WAIT, due_again, wait_after
 from histoencoder_dagster.partitions import PARTITION, RANGE_END, RANGE_START, UNFINISHED
 
 LOOKING_SECONDS = 2.0
@@ -73,8 +73,8 @@ class Attempts:
 
         Without a word on it, it is asked for again after five minutes, then 20, and so on.
         """
-        wait = min(FIRST_WAIT * 4 ** (requests - 1), LONGEST_WAIT)
-        self._by_slide[slide_id] = Attempt(sign, requests, int(now + wait), failed, record)
+        not_before = int(now + wait_after(requests))
+        self._by_slide[slide_id] = Attempt(sign, requests, not_before, failed, record)
 
     def keep(self, slides: Collection[str]) -> None:
         """Forget all other slides: nothing is owed of them."""

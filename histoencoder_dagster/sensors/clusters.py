@@ -6,7 +6,7 @@ import time
 import dagster as dg
 
 from histoencoder_core.clusters import current_model
-from histoencoder_core.store.failures import FIRST_WAIT, LONGEST_WAIT
+from histoencoder_core.store.failures import LONGEST_WAIT, wait_after
 from histoencoder_dagster.assets import cluster_model
 from histoencoder_dagster.jobs import fit_clusters
 from histoencoder_dagster.partitions import UNFINISHED
@@ -42,6 +42,5 @@ def first_cluster_model(
     now = time.time()
     if now < not_before <= now + LONGEST_WAIT:
         return dg.SkipReason("the last fit did not succeed; it is tried again later")
-    wait = min(FIRST_WAIT * 4**requests, LONGEST_WAIT)
-    cursor = json.dumps([requests + 1, int(now + wait)])
+    cursor = json.dumps([requests + 1, int(now + wait_after(requests + 1))])
     return dg.SensorResult(run_requests=[dg.RunRequest()], cursor=cursor)

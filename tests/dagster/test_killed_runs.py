@@ -19,7 +19,7 @@ from killing import content_of, differences
 from test_end_to_end import BIN, REPOSITORY, Live, annotate
 
 from histoencoder_core.store import Store
-from histoencoder_dagster.partitions import RANGE_END, RANGE_START, SLIDES
+from histoencoder_dagster.partitions import RANGE_END, RANGE_START, SLIDES, UNFINISHED
 
 KILLS = 16
 LIFETIME = 20.0
@@ -28,13 +28,6 @@ LIFETIME = 20.0
 SEED = int(os.environ.get("HISTOENCODER_CHAOS_SEED", 0))
 NAMES = ("a", "b", "c", "d")
 PARTITIONED = ("slides", "tiles", "features", "clusters", "annotations")
-UNFINISHED = [
-    dg.DagsterRunStatus.QUEUED,
-    dg.DagsterRunStatus.NOT_STARTED,
-    dg.DagsterRunStatus.STARTING,
-    dg.DagsterRunStatus.STARTED,
-    dg.DagsterRunStatus.CANCELING,
-]
 
 JOBS = {
     "slides": "describe_slides",
