@@ -37,12 +37,10 @@ from histoencoder_core.settings import PlatformSettings
 from histoencoder_core.slides import Register, Sheet, find_slides, receive_slide
 from histoencoder_core.store import Store
 from histoencoder_core.tiles import cut_tiles
-from histoencoder_dagster.jobs import STAGE_JOBS, describe_slides
 
 Line = dict[str, Any]
 
-JOBS = {"slides": describe_slides, **{s: STAGE_JOBS[s] for s in ("tiles", "features", "clusters")}}
-STAGES = tuple(JOBS)
+STAGES = ("slides", "tiles", "features", "clusters")
 PATIENCE = 3600.0
 
 
@@ -95,24 +93,30 @@ def platform(environment: Mapping[str, str], slides: int) -> float:
 
 
 def of_runs() -> Iterator[Line]:
-    """What the runs of each stage consisted of, as Dagster recorded it: medians in seconds."""
+    """What each job's runs consisted of, as Dagster recorded it: medians in seconds.
+
+    ``start`` is from the launch of a run's process to its first step, ``end`` from its last.
+    """
     with dg.DagsterInstance.get() as instance:
-        for stage in STAGES:
-            records = instance.get_run_records(
-                dg.RunsFilter(job_name=JOBS[stage].name, statuses=[dg.DagsterRunStatus.SUCCESS])
-            )
-            parts: dict[str, list[float]] = {"start": [], "step": [], "end": []}
-            for record in records:
-                [step] = instance.get_run_step_stats(record.dagster_run.run_id)
-                assert record.end_time
-                assert step.start_time
-                assert step.end_time
-                launched = launch_time(instance, record.dagster_run.run_id)
-                parts["start"].append(step.start_time - launched)
-                parts["step"].append(step.end_time - step.start_time)
-                parts["end"].append(record.end_time - step.end_time)
-            medians = {name: round(statistics.median(values), 3) for name, values in parts.items()}
-            yield {"measure": f"a run of {stage}", "unit": "s", "runs": len(records), **medians}
+        parts: dict[str, dict[str, list[float]]] = {}
+        for record in instance.get_run_records():
+            run = record.dagster_run
+            steps = instance.get_run_step_stats(run.run_id)
+            whole = [step for step in steps if step.start_time and step.end_time]
+            if not (record.end_time and whole):
+                continue
+            first = min(step.start_time or 0 for step in whole)
+            last = max(step.end_time or 0 for step in whole)
+            took = {
+                "start": first - launch_time(instance, run.run_id),
+                **{it.step_key: (it.end_time or 0) - (it.start_time or 0) for it in whole},
+                "end": record.end_time - last,
+            }
+            for name, seconds in took.items():
+                parts.setdefault(run.job_name, {}).setdefault(name, []).append(seconds)
+    for job, by_part in parts.items():
+        medians = {name: round(statistics.median(took), 2) for name, took in by_part.items()}
+        yield {"measure": f"a run of {job}", "unit": "s", "runs": len(by_part["start"]), **medians}
 
 
 def launch_time(instance: dg.DagsterInstance, run_id: str) -> float:

@@ -1,9 +1,7 @@
 """What a person or a sensor may ask for by name."""
 
 import dagster as dg
-from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 
-from histoencoder_core.store.layout import Stage
 from histoencoder_dagster.assets import (
     annotation_accuracy,
     annotations,
@@ -32,37 +30,12 @@ label_slides = dg.define_asset_job(
     description="Turn new annotations into labels of tiles.",
 )
 
-cut_tiles = dg.define_asset_job(
-    "cut_tiles",
-    selection=dg.AssetSelection.assets(tiles).without_checks(),
-    description="Find tissue on slides and lay tiles over it.",
+work_up_slides = dg.define_asset_job(
+    "work_up_slides",
+    selection=dg.AssetSelection.assets(tiles, features, clusters, annotations).without_checks(),
+    description="Take described slides through the stages that follow, as far as there are any.",
+    tags={"histoencoder/work": "slides"},
 )
-
-extract_features = dg.define_asset_job(
-    "extract_features",
-    selection=dg.AssetSelection.assets(features).without_checks(),
-    description="Encode the tiles of slides.",
-)
-
-assign_clusters = dg.define_asset_job(
-    "assign_clusters",
-    selection=dg.AssetSelection.assets(clusters).without_checks(),
-    description="Assign the tiles of slides to the current model's clusters.",
-)
-
-annotate_slides = dg.define_asset_job(
-    "annotate_slides",
-    selection=dg.AssetSelection.assets(annotations).without_checks(),
-    description="Annotate slides by what their clusters mean.",
-)
-
-STAGE_JOBS: dict[Stage, UnresolvedAssetJobDefinition] = {
-    "tiles": cut_tiles,
-    "features": extract_features,
-    "clusters": assign_clusters,
-    "annotations": annotate_slides,
-}
-"""The jobs of the stages that follow each other; see `sensors.stages`."""
 
 fit_clusters = dg.define_asset_job(
     "fit_clusters",
@@ -92,7 +65,7 @@ make_report = dg.define_asset_job(
 
 ALL_JOBS = (
     describe_slides,
-    *STAGE_JOBS.values(),
+    work_up_slides,
     label_slides,
     fit_clusters,
     refresh_catalog,

@@ -2,9 +2,8 @@
 
 Flow: `arrivals` watches the folders that `find` lists slide files of, `register` gives each an id
 for ever, `receive` tells a new slide from one that was moved or copied (by its `content`),
-`describe` writes ``properties.json`` and ``thumbnail.jpeg``. `reader` opens a slide (HistoPrep's
-`SlideReader` with the backends of this project). Later stages ask `describe.read_description` where
-a slide is and how fine.
+`describe` writes ``properties.json`` and ``thumbnail.jpeg``. `reader` opens a slide. Later stages
+ask `describe.read_description` where a slide is and how fine.
 """
 
 from histoencoder_core.slides.arrivals import Arrivals, find_in

@@ -1,4 +1,4 @@
-"""Opening a slide with HistoPrep's `SlideReader`."""
+"""Opening a slide, which a process of its own decodes."""
 
 from __future__ import annotations
 
@@ -6,18 +6,16 @@ import contextlib
 import math
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import cv2
 import numpy as np
 
 from histoencoder_core.buckets import copied
 from histoencoder_core.decoding.facts import Region
+from histoencoder_core.decoding.readers import SlideReading
 from histoencoder_core.errors import SlideError
 from histoencoder_core.slides.find import parts_of
-
-if TYPE_CHECKING:
-    from histoencoder_core.decoding.readers import SlideReading
 
 _LFS = b"version https://git-lfs"
 _STRIP_ROWS = 1024
@@ -38,24 +36,17 @@ class Slide:
     """
 
     def __init__(self, path: Path) -> None:
-        # HistoPrep takes a second to import, and most that read of slides open none.
-        from histoprep import SlideReader
-
-        from histoencoder_core.slides.backend import ProcessBackend
-
         self.path = path
         with contextlib.ExitStack() as held:
             self.copy = held.enter_context(copied(parts_of(path)))
-            self._reader = SlideReader(self.copy, backend=ProcessBackend)
+            self._reading = SlideReading(self.copy)
             self._held = held.pop_all()
-        # The backend is HistoPrep's private attribute only because it has no public name.
-        self._reading: SlideReading = self._reader._backend.reading
         facts = self._reading.facts
-        self.height, self.width = self._reader.dimensions
-        self.downsamples = [(x, y) for y, x in self._reader.level_downsamples.values()]
+        self.height, self.width = facts.sizes[0]
+        self.downsamples = [(x, y) for y, x in facts.downsamples]
         self.mpp = facts.mpp
         self.properties = facts.properties
-        self.backend = self._reader.backend_name
+        self.backend = facts.backend
 
     def __enter__(self) -> Self:
         return self
@@ -72,7 +63,7 @@ class Slide:
     @property
     def level_sizes(self) -> list[tuple[int, int]]:
         """(width, height) of each level in pixels, finest first."""
-        return [(w, h) for h, w in self._reader.level_dimensions.values()]
+        return [(w, h) for h, w in self._reading.facts.sizes]
 
     @property
     def exact_levels(self) -> bool:
@@ -102,7 +93,7 @@ class Slide:
             SlideError: The region can't be decoded. Other regions may still be, unless it is a
                 `SlideLostError`.
         """
-        return np.asarray(self._reader.read_region(region, level))
+        return self._reading.read(region, level)
 
     def overview(self, max_dimension: int) -> np.ndarray:
         """Read the whole slide, small.

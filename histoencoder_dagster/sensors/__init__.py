@@ -12,12 +12,12 @@ import dagster as dg
 
 from histoencoder_core.settings import PlatformSettings
 from histoencoder_dagster.jobs import (
-    STAGE_JOBS,
     describe_slides,
     fit_clusters,
     label_slides,
     name_clusters,
     refresh_catalog,
+    work_up_slides,
 )
 from histoencoder_dagster.sensors.annotations import edited_cluster_labels, new_annotations
 from histoencoder_dagster.sensors.clusters import first_cluster_model
@@ -39,7 +39,7 @@ def platform_sensors(settings: PlatformSettings) -> list[dg.SensorDefinition]:
     }
     return [
         dg.sensor(job=describe_slides, **watching)(new_slides),
-        dg.sensor(jobs=list(STAGE_JOBS.values()), **watching)(next_stages),
+        dg.sensor(job=work_up_slides, **watching)(next_stages),
         dg.sensor(job=label_slides, **watching)(new_annotations),
         dg.sensor(job=fit_clusters, **watching)(first_cluster_model),
         dg.sensor(job=name_clusters, **watching)(edited_cluster_labels),

@@ -7,7 +7,7 @@ a week goes on at the pace of any other day.
 
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import dagster as dg
@@ -26,7 +26,9 @@ class Attempt:
     """What was asked for, and has not gone well yet.
 
     Attributes:
-        sign: What the slide looked like then; if it has changed since, nothing was asked for.
+        sign: What the slide looked like then; if it has changed since, nothing was asked for. One
+            that begins with a slash is open: how the slide will look is only known once what comes
+            before in the same run is made, so the sign is the end of whatever that will be.
         requests: How often it was asked for.
         not_before: When it may be asked for again if no word is heard of it.
         failed: When the stage had last failed on it by then, in seconds since 1970; 0 if never.
@@ -38,6 +40,15 @@ class Attempt:
     not_before: int
     failed: float = 0
     record: int = 0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it was asked for together with what it is made from."""
+        return self.sign.startswith("/")
+
+    def is_of(self, sign: str) -> bool:
+        """Whether this is what was asked for."""
+        return sign.endswith(self.sign) if self.is_open else sign == self.sign
 
     @property
     def length(self) -> int:
@@ -54,12 +65,12 @@ class Attempts:
     def of(self, slide_id: str, sign: str) -> Attempt | None:
         """The last attempt at a slide as it is now."""
         attempt = self._by_slide.get(slide_id)
-        return attempt if attempt is not None and attempt.sign == sign else None
+        return attempt if attempt is not None and attempt.is_of(sign) else None
 
     def is_outdated(self, slide_id: str, sign: str) -> bool:
         """Whether a slide was asked for, and has changed since: what was made may be of before."""
         attempt = self._by_slide.get(slide_id)
-        return attempt is not None and attempt.sign != sign
+        return attempt is not None and not attempt.is_of(sign)
 
     def is_unrecorded(self, slide_id: str, recorded: Mapping[str, int]) -> bool:
         """Whether a slide was asked for, and nothing was recorded of it since."""
@@ -75,6 +86,10 @@ class Attempts:
         """
         not_before = int(now + wait_after(requests))
         self._by_slide[slide_id] = Attempt(sign, requests, not_before, failed, record)
+
+    def close(self, slide_id: str, sign: str) -> None:
+        """What was asked for is known now: the slide as it is."""
+        self._by_slide[slide_id] = replace(self._by_slide[slide_id], sign=sign)
 
     def keep(self, slides: Collection[str]) -> None:
         """Forget all other slides: nothing is owed of them."""
@@ -120,6 +135,11 @@ class InFlight:
                 found.update(order[first : last + 1])
         return cls(len(runs), frozenset(found))
 
+    def and_asked(self, batches: Sequence[Sequence[str]]) -> "InFlight":
+        """The same, and what has just been asked for."""
+        asked = (slide_id for batch in batches for slide_id in batch)
+        return InFlight(self.runs + len(batches), self.slides.union(asked))
+
 
 def next_batches(
     owed: Mapping[str, str],
@@ -160,9 +180,13 @@ def next_batches(
         if attempt is None:
             fresh.append(slide_id)
         # A failure of before is none of what was asked for since.
-        elif (failed := failure(slide_id)) is not None and _time_of(failed) != attempt.failed:
+        elif (failed := failure(slide_id)) is not None and time_of(failed) != attempt.failed:
+            attempts.close(slide_id, sign)
             if due_again(failed, now):
                 fresh.append(slide_id)
+        # Its run did not come so far: another slide may have failed in a stage before.
+        elif attempt.is_open:
+            fresh.append(slide_id)
         # A time farther off than any wait is that of a clock that was set back since.
         elif not now < attempt.not_before <= now + LONGEST_WAIT:
             alone.append(slide_id)
@@ -181,13 +205,14 @@ def next_batches(
             owed[slide_id],
             requests=again + 1,
             now=now,
-            failed=_time_of(failure(slide_id)),
+            failed=time_of(failure(slide_id)),
             record=recorded.get(slide_id, 0),
         )
     return chosen
 
 
-def _time_of(failure: Mapping[str, Any] | None) -> float:
+def time_of(failure: Mapping[str, Any] | None) -> float:
+    """When a stage failed, in seconds since 1970; 0 if it did not."""
     return 0.0 if failure is None else float(failure.get("at", 0))
 
 
@@ -218,13 +243,22 @@ def contiguous_batches(
     return [batch for batch in batches if batch]
 
 
-def request(batch: Sequence[str], *, job_name: str | None = None) -> dg.RunRequest:
+def request(batch: Sequence[str], *, stages: Sequence[str] | None = None) -> dg.RunRequest:
     """Ask for a range of partitions.
 
     There is no run key: Dagster silently drops a request whose key was ever used, also if that run
     was killed.
+
+    Args:
+        batch: Partition keys.
+        stages: Those of the job's assets that are to be made; all if None.
     """
-    return dg.RunRequest(job_name=job_name, tags={RANGE_START: batch[0], RANGE_END: batch[-1]})
+    return dg.RunRequest(
+        tags={RANGE_START: batch[0], RANGE_END: batch[-1]},
+        asset_selection=None if stages is None else [dg.AssetKey(stage) for stage in stages],
+        # Else the checks of what is selected are run, although the job has none.
+        asset_check_keys=None if stages is None else [],
+    )
 
 
 def read_cursor(cursor: str | None) -> dict[str, Any]:

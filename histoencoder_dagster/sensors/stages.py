@@ -1,20 +1,28 @@
-"""Stages that follow each other: each slide's next stage, once the one before is new.
+"""Stages that follow each other: each slide's next ones, once the one before is new.
 
 Dagster's automation conditions are not used between the stages of a slide. They ask for all slides
 at once, as a backfill, however many that are; they forget an update that comes while their target
 runs, and they know of no second try. Here a stage is owed for as long as one that it is made from
 was recorded after it, whatever was asked for in between.
+
+What is owed is asked for together with all that follows it, in one run. If a slide fails in a
+stage, its run ends there, and the stages that follow are owed of the others.
 """
 
 import json
 import time
 from collections.abc import Mapping
+from functools import partial
+from typing import Any
 
 import dagster as dg
 from dagster import DagsterEventType
 
+from histoencoder_core.clusters.naming import current_cluster_labels
+from histoencoder_core.errors import HistoEncoderError
+from histoencoder_core.store import Store
 from histoencoder_core.store.layout import Stage
-from histoencoder_dagster.jobs import STAGE_JOBS
+from histoencoder_dagster.jobs import work_up_slides
 from histoencoder_dagster.partitions import SLIDES
 from histoencoder_dagster.resources import Platform
 from histoencoder_dagster.sensors.batches import (
@@ -23,6 +31,7 @@ from histoencoder_dagster.sensors.batches import (
     next_batches,
     read_cursor,
     request,
+    time_of,
 )
 
 FOLLOWS: dict[Stage, tuple[Stage, str | None]] = {
@@ -37,7 +46,7 @@ FOLLOWS: dict[Stage, tuple[Stage, str | None]] = {
 def next_stages(
     context: dg.SensorEvaluationContext, platform: dg.ResourceParam[Platform]
 ) -> dg.SensorResult | dg.SkipReason:
-    """Run each stage on the slides whose stage before is new, in batches.
+    """Run the stages that follow on the slides whose stage before is new, in batches.
 
     A slide that failed is asked for again if its stage before is made anew, or after some time if
     what it failed for may pass by itself, such as a full disk.
@@ -47,36 +56,71 @@ def next_stages(
     order = instance.get_dynamic_partitions(SLIDES)
     cursor = read_cursor(context.cursor)
     recorded = {stage: _recorded(instance, stage) for stage in ("slides", *FOLLOWS)}
-    told: dict[str, object] = {}
+    attempts = {stage: Attempts(cursor.get(stage, {})) for stage in FOLLOWS}
+    in_flight = InFlight.of(instance, work_up_slides.name, order)
+    since = _since(instance, platform)
     requests: list[dg.RunRequest] = []
-    for stage, (before, of_cohort) in FOLLOWS.items():
-        job = STAGE_JOBS[stage].name
-        attempts = Attempts(cursor.get(stage, {}))
-        in_flight = InFlight.of(instance, job, order)
-        since = 0 if of_cohort is None else _newest(instance, of_cohort)
+    for stage, (before, _) in FOLLOWS.items():
         owed: dict[str, str] = {}
-        if since is not None:
+        if stage in since:
             there = {s: recorded[before][s] for s in order if s in recorded[before]}
-            owed = _owed(there, recorded[stage], attempts, since)
+            owed = _owed(there, recorded[stage], attempts[stage], since[stage])
         batches = next_batches(
             owed,
-            attempts,
+            attempts[stage],
             order=order,
             recorded=recorded[stage],
             in_flight=in_flight,
-            failure=lambda slide_id, stage=stage: store.slide(slide_id).failures().get(stage),  # type: ignore[misc]
+            failure=partial(_failure, store, stage),
             most_runs=settings.runs_in_flight,
             size=settings.slides_per_run,
             now=now,
             newest_first=settings.newest_first,
         )
-        attempts.keep({*owed, *in_flight.slides})
-        told[stage] = attempts.told()
-        requests += [request(batch, job_name=job) for batch in batches]
+        in_flight = in_flight.and_asked(batches)
+        if batches:
+            following = list(since)[list(since).index(stage) :]
+            requests += [request(batch, stages=following) for batch in batches]
+            for later in following[1:]:
+                for slide_id in (s for batch in batches for s in batch):
+                    attempts[later].note(
+                        slide_id,
+                        _sign("", since[later]),
+                        requests=1,
+                        now=now,
+                        failed=time_of(_failure(store, later, slide_id)),
+                        record=recorded[later].get(slide_id, 0),
+                    )
+        attempts[stage].keep({*owed, *in_flight.slides})
+    told = json.dumps({stage: asked.told() for stage, asked in attempts.items()})
     if not requests:
-        context.update_cursor(json.dumps(told))
+        context.update_cursor(told)
         return dg.SkipReason("nothing is owed that is not under way or waiting for another try")
-    return dg.SensorResult(run_requests=requests, cursor=json.dumps(told))
+    return dg.SensorResult(run_requests=requests, cursor=told)
+
+
+def _since(instance: dg.DagsterInstance, platform: Platform) -> dict[Stage, int]:
+    """The stages that can be made as yet, with the last record of what the cohort gives to them."""
+    since: dict[Stage, int] = {}
+    for stage, (_, of_cohort) in FOLLOWS.items():
+        newest = 0 if of_cohort is None else _newest(instance, of_cohort)
+        if newest is None or (of_cohort == "cluster_labels" and not _are_named(platform)):
+            break
+        since[stage] = newest
+    return since
+
+
+def _are_named(platform: Platform) -> bool:
+    """Whether the clusters of the current model have labels: those of one before are of no use."""
+    try:
+        return current_cluster_labels(platform.store, platform.settings.annotate) is not None
+    except HistoEncoderError:  # the asset tells
+        return False
+
+
+def _failure(store: Store, stage: Stage, slide_id: str) -> Mapping[str, Any] | None:
+    """How a stage failed on a slide, if it did."""
+    return store.slide(slide_id).failures().get(stage)
 
 
 def _recorded(instance: dg.DagsterInstance, stage: str) -> Mapping[str, int]:
@@ -99,7 +143,12 @@ def _owed(
     """Slides of which a stage is owed, with what it would be made from."""
     owed = {}
     for slide_id, record in before.items():
-        source = max(record, since)
-        if made.get(slide_id, 0) < source or attempts.is_outdated(slide_id, str(source)):
-            owed[slide_id] = str(source)
+        sign = _sign(record, since)
+        if made.get(slide_id, 0) < max(record, since) or attempts.is_outdated(slide_id, sign):
+            owed[slide_id] = sign
     return owed
+
+
+def _sign(before: int | str, since: int) -> str:
+    """What a stage is made from, by numbers of records: the slide's and the cohort's."""
+    return f"{before}/{since}"

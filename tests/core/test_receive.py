@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,25 @@ def receive(store: Store, scans: Path) -> dict[str, Received]:
 
 def made(store: Store, slide_id: str) -> int:
     return store.slide(slide_id).record("tiles").stat().st_ino
+
+
+def test_describing_a_slide_waits_for_no_library_that_only_later_stages_need(
+    tmp_path: Path, scans: Path
+) -> None:
+    """Runs that describe new slides are processes of their own: each pays for its imports."""
+    scan(scans / "a.tiff")
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from histoencoder_core.slides import Register, Sheet, find_slides, receive_slide\n"
+        "from histoencoder_core.store import Store\n"
+        "store, scans = Store(Path(sys.argv[1])), Path(sys.argv[2])\n"
+        "for slide_id, found in Register(store).assign(find_slides(scans)).items():\n"
+        "    assert receive_slide(store, slide_id, found, Sheet()).stamp\n"
+        "print({'torch', 'histoprep', 'sklearn', 'scipy', 'matplotlib'} & {*sys.modules})"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path / "store"), str(scans)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 def test_a_renamed_slide_keeps_its_id_and_its_outputs(store: Store, scans: Path) -> None:

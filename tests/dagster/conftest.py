@@ -24,7 +24,6 @@ from histoencoder_core.settings import (
 )
 from histoencoder_core.store import Store
 from histoencoder_dagster.definitions import platform_definitions
-from histoencoder_dagster.jobs import STAGE_JOBS
 from histoencoder_dagster.partitions import RANGE_END, RANGE_START, SLIDES
 from histoencoder_dagster.sensors.batches import contiguous_batches
 
@@ -154,7 +153,10 @@ class Deployment:
         for request in result.dynamic_partitions_requests or []:
             self.instance.add_dynamic_partitions(SLIDES, list(request.partition_keys))
         job_def = self.defs.resolve_job_def(job)
-        return [self.execute(job_def, request.tags) for request in result.run_requests or []]
+        return [
+            self.execute(job_def, request.tags, request.asset_selection)
+            for request in result.run_requests or []
+        ]
 
     def run_all(self):
         """Every stage, as the automation would run them."""
@@ -195,13 +197,13 @@ class Deployment:
         return due | self.due_stages()
 
     def due_stages(self):
-        """Tick the sensor of stages once: ``{stage: slides}``."""
+        """Tick the sensor of stages once: ``{stage: slides}``, of all stages asked for."""
         result, order = self.tick("next_stages"), self.partitions()
         due = {}
         for request in [] if isinstance(result, dg.SkipReason) else result.run_requests:
-            [stage] = [s for s, job in STAGE_JOBS.items() if job.name == request.job_name]
             first, last = (order.index(request.tags[end]) for end in (RANGE_START, RANGE_END))
-            due.setdefault(stage, set()).update(order[first : last + 1])
+            for key in request.asset_selection:
+                due.setdefault(key.path[-1], set()).update(order[first : last + 1])
         return due
 
     def follow(self, *, ticks=12):
@@ -217,9 +219,12 @@ class Deployment:
 
     def run_due(self, due):
         order, size = self.partitions(), self.settings.slides_per_run
+        together = {}
         for stage in (stage for stage in STAGES if stage in due):
-            for batch in contiguous_batches(due[stage], order, size=size):
-                self.run(stage, slides=batch)
+            together.setdefault(frozenset(due[stage]), []).append(stage)
+        for slides, stages in together.items():
+            for batch in contiguous_batches(slides, order, size=size):
+                self.run(*stages, slides=batch)
         cohort = [name for name in COHORT if name in due]
         if cohort and due.keys().isdisjoint(STAGES):  # else it is due again in the next tick
             self.run(*cohort)

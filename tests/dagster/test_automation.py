@@ -12,6 +12,9 @@ from histoencoder_core.settings import AnnotationSettings, TilingSettings
 from histoencoder_dagster.sensors.batches import RANGE_END, RANGE_START
 
 STAGES = ("slides", "tiles", "features", "clusters", "labels", "annotations")
+ALL_MEANT = AnnotationSettings(n_clusters=2, min_purity=0.5, min_labelled=1)
+"""With a few labels every cluster means something."""
+
 COHORT = {
     "catalog": {None},
     "completeness": {None},
@@ -41,11 +44,117 @@ def with_model(deployment, *names):
     assert deployment.due() == {}, "nothing is missing, so nothing is due"
 
 
-def test_each_stage_follows_the_one_before_in_a_run_of_its_own(watched):
+def requested(deployment):
+    """Tick the sensor of stages once: the stages and the ends of the range of each request."""
+    return [
+        ([key.path[-1] for key in r.asset_selection], (r.tags[RANGE_START], r.tags[RANGE_END]))
+        for r in deployment.tick("next_stages").run_requests or []
+    ]
+
+
+def test_a_batch_goes_through_all_stages_that_there_are_in_one_run(watched):
+    watched.change(annotate=ALL_MEANT)
     watched.add("a", "b")
     watched.run("slides")
-    told = [stages(due) for due in watched.follow()]
-    assert [due for due in told if due] == [{"tiles": {"a", "b"}}, {"features": {"a", "b"}}]
+    chain = ["tiles", "features", "clusters", "annotations"]
+    assert requested(watched) == [(chain[:2], ("a", "b"))], "there is no model yet"
+    watched.run(*chain[:2])
+    assert watched.recorded("features") == {"a", "b"}
+    watched.run("cluster_model")
+    assert requested(watched) == [(["clusters"], ("a", "b"))], "they mean nothing yet"
+    watched.run("clusters")
+    watched.settings.annotations_folder.mkdir()
+    (watched.settings.annotations_folder / "labels.csv").write_text("slide,label\na,tumour\n")
+    watched.run("labels", slides=["a"])
+    watched.run(*COHORT)
+    assert requested(watched) == [(["annotations"], ("a", "b"))]
+    watched.run("annotations")
+    watched.drop("c", seed=2)
+    watched.register()
+    watched.run("slides", slides=["c"])
+    assert requested(watched) == [(chain, ("c", "c"))]
+    assert watched.run(*chain, slides=["c"]).success
+    assert watched.recorded("annotations") == {"a", "b", "c"}
+    assert watched.due_stages() == {}
+    watched.run("cluster_model")
+    assert requested(watched) == [(["clusters"], ("a", "c"))], "the new ones mean nothing yet"
+
+
+def test_slides_are_not_annotated_by_what_clusters_of_an_older_model_meant(watched):
+    watched.change(annotate=ALL_MEANT)
+    with_model(watched, "a", "b", "c")
+    watched.settings.annotations_folder.mkdir()
+    (watched.settings.annotations_folder / "labels.csv").write_text("slide,label\na,tumour\n")
+    watched.run("labels", slides=["a"])
+    watched.follow()
+    watched.change(clusters=watched.settings.clusters.model_copy(update={"seed": 1}))
+    watched.run("cluster_model")
+    told = [due for due in (stages(due) for due in watched.follow()) if due]
+    assert told == [{"clusters": {"a", "b", "c"}}, {"annotations": {"a", "b", "c"}}]
+
+
+def test_a_slide_that_fails_ends_its_run_and_the_others_go_on_at_once(watched, clock):
+    watched.drop("a", "c")
+    watched.drop("b", mpp=None)
+    assert watched.register() == ["a", "b", "c"]
+    watched.run("slides")
+    both = ["tiles", "features"]
+    assert requested(watched) == [(both, ("a", "c"))]
+    assert not watched.run(*both).success
+    assert (watched.recorded("tiles"), watched.recorded("features")) == ({"a", "c"}, set())
+    assert requested(watched) == [(["features"], ("a", "a")), (["features"], ("c", "c"))]
+    watched.run("features", slides=["a"])
+    assert watched.due_stages() == {}, "the run of c may be about to begin"
+    clock(301)
+    assert requested(watched) == [(["features"], ("c", "c"))]
+
+
+def test_what_failed_late_in_a_run_is_not_asked_for_at_once(watched, clock, monkeypatch):
+    def no_weights(*_, **__):
+        raise WeightsError("small.pth: is not there")
+
+    watched.add("a", "b")
+    watched.run("slides")
+    [(both, _)] = requested(watched)
+    with monkeypatch.context() as patched:
+        patched.setattr(core_features, "load_encoder", no_weights)
+        watched.run(*both)
+    assert watched.recorded("tiles") == {"a", "b"}
+    assert watched.due_stages() == {}
+    watched.run("tiles", slides=["a"])
+    assert watched.due_stages() == {"features": {"a"}}, "its tiles are of another make"
+    watched.run("features", slides=["a"])
+    clock(301)
+    assert watched.due_stages() == {"features": {"b"}}
+
+
+def test_a_model_fitted_while_a_batch_is_under_way_assigns_it_anew(watched):
+    with_model(watched, "a", "b", "c")
+    watched.drop("d", seed=3)
+    watched.register()
+    watched.run("slides", slides=["d"])
+    [(chain, _)] = requested(watched)
+    assert chain == ["tiles", "features", "clusters"]
+    watched.run("tiles", "features", slides=["d"])
+    watched.run("cluster_model")
+    watched.run("clusters", slides=["d"])  # as if it had begun before the new model
+    assert watched.due_stages() == {"clusters": {"a", "b", "c", "d"}}
+
+
+def test_a_batch_is_not_asked_for_again_while_any_of_its_stages_is_under_way(watched):
+    watched.add("a", "b")
+    watched.run("slides")
+    [request] = watched.tick("next_stages").run_requests
+    job = watched.defs.resolve_job_def("work_up_slides")
+    run = watched.instance.create_run_for_job(
+        job.get_subset(asset_selection=set(request.asset_selection)),
+        status=DagsterRunStatus.STARTED,
+        tags=request.tags,
+    )
+    watched.run("tiles")
+    assert watched.due_stages() == {}
+    watched.instance.delete_run(run.run_id)
+    assert watched.due_stages() == {"features": {"a", "b"}}
 
 
 def test_a_broken_slide_in_the_middle_does_not_keep_the_others_from_any_stage(watched):
@@ -78,7 +187,7 @@ def test_a_mended_slide_goes_on_alone(watched):
     (watched.slides / "slides.csv").write_text("slide,mpp\nb,0.5\n")
     watched.run("slides", slides=["b"])
     told = [stages(due) for due in watched.follow()]
-    assert [due for due in told if due] == [{"tiles": {"b"}}, {"features": {"b"}}]
+    assert [due for due in told if due] == [{"tiles": {"b"}, "features": {"b"}}]
 
 
 def test_missing_weights_are_told_of_each_slide_and_tried_again(watched, clock, monkeypatch):
@@ -115,7 +224,7 @@ def test_a_bounded_number_of_runs_is_in_flight_however_much_is_owed(watched):
     watched.change(slides_per_run=2, runs_in_flight=2)
     watched.add(*"abcdefgh")
     watched.run("slides")
-    job = watched.defs.resolve_job_def("cut_tiles")
+    job = watched.defs.resolve_job_def("work_up_slides")
     result = watched.tick("next_stages")
     assert [(r.tags[RANGE_START], r.tags[RANGE_END]) for r in result.run_requests] == [
         ("a", "b"), ("c", "d"),
@@ -126,14 +235,15 @@ def test_a_bounded_number_of_runs_is_in_flight_however_much_is_owed(watched):
     ]
     assert watched.due_stages() == {}
     watched.instance.delete_run(runs[0].run_id)
-    assert watched.due_stages() == {"tiles": {"e", "f"}}, "a and b may have killed their run"
+    both = ["tiles", "features"]
+    assert requested(watched) == [(both, ("e", "f"))], "a and b may have killed their run"
 
 
 def test_the_newest_slides_go_first_if_asked(watched):
     watched.change(slides_per_run=2, runs_in_flight=1, newest_first=True)
     watched.add(*"abcde")
     watched.run("slides")
-    assert watched.due_stages() == {"tiles": {"e"}}
+    assert watched.due_stages() == {"tiles": {"e"}, "features": {"e"}}
 
 
 def test_clusters_are_not_due_until_there_is_a_model(watched):
@@ -149,7 +259,7 @@ def test_a_new_slide_is_assigned_and_no_other_and_nothing_is_refitted(watched):
     watched.add("a", "b", "c", "d")
     watched.run("slides", slides=["d"])
     told = watched.follow()
-    assert {"clusters": {"d"}} in [stages(due) for due in told]
+    assert stages(told[0]) == {s: {"d"} for s in ("tiles", "features", "clusters")}
     assert not any("cluster_model" in due for due in told)
     assert {s for due in told for slides in stages(due).values() for s in slides} == {"d"}
 
@@ -165,7 +275,7 @@ def test_a_slide_scanned_again_goes_through_all_stages_again(watched):
     watched.drop("b.tiff", size=640)
     watched.run("slides", slides=["b"])
     told = [stages(due) for due in watched.follow()]
-    assert [due for due in told if due] == [{s: {"b"}} for s in ("tiles", "features", "clusters")]
+    assert [due for due in told if due] == [{s: {"b"} for s in ("tiles", "features", "clusters")}]
     assert watched.metadata("features", "b")["recomputed"]
 
 
@@ -200,7 +310,7 @@ def annotated(due):
 
 
 def test_slides_are_annotated_when_clusters_mean_something_else_and_only_then(watched):
-    watched.change(annotate=AnnotationSettings(n_clusters=2, min_purity=0.5, min_labelled=1))
+    watched.change(annotate=ALL_MEANT)
     with_model(watched, "a", "b", "c")
     folder = watched.settings.annotations_folder
     folder.mkdir()
@@ -312,7 +422,7 @@ def test_another_code_version_computes_nothing_by_itself(watched):
 def test_slides_that_wait_when_the_automation_is_first_turned_on_are_taken_up(deployment):
     deployment.add("a", "b")
     deployment.run("slides")
-    assert stages(deployment.due()) == {"tiles": {"a", "b"}}
+    assert stages(deployment.due()) == {"tiles": {"a", "b"}, "features": {"a", "b"}}
 
 
 def test_the_cohorts_sensor_asks_for_no_stage_of_a_slide(deployment):

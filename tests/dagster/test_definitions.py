@@ -101,10 +101,7 @@ def test_checks_sensors_and_jobs_are_these(deployment):
     assert all(sensor.default_status is dg.DefaultSensorStatus.RUNNING for sensor in sensors)
     assert {job.name for job in deployment.defs.jobs} == {
         "describe_slides",
-        "cut_tiles",
-        "extract_features",
-        "assign_clusters",
-        "annotate_slides",
+        "work_up_slides",
         "label_slides",
         "fit_clusters",
         "refresh_catalog",

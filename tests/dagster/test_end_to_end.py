@@ -253,7 +253,7 @@ def test_from_a_dropped_slide_to_purity_in_sql(live, write_slide):
         assert {live.node(STALE, "tiles", slide=s)["staleStatus"] for s in good} == {"FRESH"}
         runs = [(run["status"], run["jobName"]) for run in live.runs()]
         assert [job for status, job in runs if status == "FAILURE"] == [
-            "cut_tiles",
+            "work_up_slides",
             "describe_slides",
         ]
 
