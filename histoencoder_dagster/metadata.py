@@ -2,14 +2,16 @@
 
 import base64
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 import pyarrow as pa
 
 from histoencoder_core.pictures import small_jpeg
-from histoencoder_core.report import Figure
 from histoencoder_core.store import SlideFolder, Stamp
+
+if TYPE_CHECKING:
+    from histoencoder_core.report.figure import Figure
 
 PICTURE_PX = 400
 """Pictures live in the event log, so they are small; the full ones are in the store."""
@@ -52,7 +54,7 @@ def picture_metadata(folder: SlideFolder, name: str) -> dg.MarkdownMetadataValue
     return _picture(folder.file(name), PICTURE_PX, folder.slide_id)
 
 
-def figure_metadata(figure: Figure) -> dict[str, Any]:
+def figure_metadata(figure: "Figure") -> dict[str, Any]:
     """A figure with what it says, or why there is none."""
     if figure.png is None or figure.svg is None:
         return {"missing": figure.missing}

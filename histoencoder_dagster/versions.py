@@ -15,7 +15,7 @@ from histoencoder_core.clusters import model as cluster_model_stage
 from histoencoder_core.clusters import naming
 from histoencoder_core.cohort import statistics as statistics_stage
 from histoencoder_core.labels import assign as labels_stage
-from histoencoder_core.report import FIGURES, figure, page
+from histoencoder_core.report import FIGURE_ALGORITHM, FIGURES, PAGE_ALGORITHM
 from histoencoder_core.settings import PlatformSettings
 from histoencoder_core.slides import describe as slides_stage
 from histoencoder_core.store import layout
@@ -38,8 +38,8 @@ def code_versions(settings: PlatformSettings) -> dict[str, str]:
         "cluster_labels": f"1-{settings.annotate.fingerprint[:8]}",
         "annotation_accuracy": f"{evaluation_stage.ALGORITHM}-{settings.annotate.fingerprint[:8]}",
         "annotations": f"{naming.ANNOTATIONS_ALGORITHM}",
-        **dict.fromkeys(FIGURES, f"{figure.ALGORITHM}"),
-        "cohort_report": f"{page.ALGORITHM}",
+        **dict.fromkeys(FIGURES, f"{FIGURE_ALGORITHM}"),
+        "cohort_report": f"{PAGE_ALGORITHM}",
     }
 
 

@@ -24,7 +24,9 @@ def report(
     ] = None,
 ) -> None:
     """Draw the cohort's figures and write its report, as far as they are not up to date."""
-    from histoencoder_core.report import draw_figures, write_page  # matplotlib takes long to import
+    # matplotlib takes long to import
+    from histoencoder_core.report.draw import draw_figures
+    from histoencoder_core.report.page import write_page
 
     store = Store(input_dir)
     figures = draw_figures(store, num_clusters)

@@ -24,10 +24,9 @@ from PIL import Image
 
 from histoencoder_core.colours import N_COLOURS, cluster_colour
 from histoencoder_core.errors import StoreError
+from histoencoder_core.report import FIGURE_ALGORITHM
 from histoencoder_core.store import Stamp, Store, files
 from histoencoder_core.store.stamp import KEY
-
-ALGORITHM = 1
 
 Colour = tuple[float, float, float]
 """Red, green and blue in [0, 1]."""
@@ -125,7 +124,7 @@ def save_figure(
     """
     stamp = Stamp.of(
         "figure",
-        algorithm=ALGORITHM,
+        algorithm=FIGURE_ALGORITHM,
         made_from={
             "name": figure.name, "title": figure.title, "subtitle": subtitle, "source": source,
             "drawn": drawn,

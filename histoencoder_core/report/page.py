@@ -13,6 +13,7 @@ from PIL import Image
 
 from histoencoder_core.errors import StoreError
 from histoencoder_core.fingerprint import fingerprint
+from histoencoder_core.report import PAGE_ALGORITHM
 from histoencoder_core.report import sections as parts
 from histoencoder_core.report.facts import NO_CLUSTERS, Facts, read_facts, rows_of
 from histoencoder_core.report.figure import UNTRAINED, Figure
@@ -22,8 +23,6 @@ from histoencoder_core.report.sections import Section
 from histoencoder_core.report.style import STYLE
 from histoencoder_core.store import Stamp, Store, files
 from histoencoder_core.store.stamp import KEY
-
-ALGORITHM = 1
 
 _JPEG_QUALITY = 85
 _PRINT = re.compile(rf'<meta name="{KEY}" content="([0-9a-f]{{64}})">')
@@ -52,7 +51,7 @@ def write_page(store: Store, figures: Sequence[Figure], k: int | None = None) ->
     body = _body(store.root.name, facts, lead, sections)
     stamp = Stamp.of(
         "report",
-        algorithm=ALGORITHM,
+        algorithm=PAGE_ALGORITHM,
         made_from={"content": fingerprint([store.root.name, STYLE, body])},
         untrained=facts.untrained,
     )

@@ -1,12 +1,11 @@
 """The report: figures of the cohort, and the page that joins them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import dagster as dg
 
 from histoencoder_core.cohort import run_sql
-from histoencoder_core.report import FIGURES, Figure, write_report
-from histoencoder_core.store import Store
+from histoencoder_core.report import FIGURES
 from histoencoder_dagster.assets.annotations import annotation_accuracy
 from histoencoder_dagster.assets.cohort import cluster_purity
 from histoencoder_dagster.automation import NIGHTLY
@@ -22,7 +21,7 @@ def _has_clusters(context: dg.AssetExecutionContext, platform: Platform) -> bool
     return found
 
 
-def _figure_asset(name: str, draw: Callable[[Store], Figure]) -> dg.AssetsDefinition:
+def _figure_asset(name: str, description: str) -> dg.AssetsDefinition:
     """The asset of one figure, with its picture to look at."""
 
     @dg.asset(
@@ -32,20 +31,22 @@ def _figure_asset(name: str, draw: Callable[[Store], Figure]) -> dg.AssetsDefini
         kinds={"matplotlib"},
         automation_condition=NIGHTLY,
         output_required=False,
-        description=(draw.__doc__ or "").partition("\n\n")[0],
+        description=description,
     )
     def asset(
         context: dg.AssetExecutionContext, platform: dg.ResourceParam[Platform]
     ) -> Iterator[dg.MaterializeResult[None]]:
         if not _has_clusters(context, platform):
             return
-        figure = draw(platform.store)
+        from histoencoder_core.report.draw import DRAW  # matplotlib takes long to import
+
+        figure = DRAW[name](platform.store)
         yield dg.MaterializeResult(metadata=figure_metadata(figure))
 
     return asset
 
 
-figures = tuple(_figure_asset(name, draw) for name, draw in FIGURES.items())
+figures = tuple(_figure_asset(name, description) for name, description in FIGURES.items())
 
 
 # Not made from the assets of figures: Dagster would pass it over when one of them can't be drawn.
@@ -65,6 +66,8 @@ def cohort_report(
     platform.refresh_catalog()
     if not _has_clusters(context, platform):
         return
+    from histoencoder_core.report.draw import write_report  # matplotlib takes long to import
+
     path = write_report(platform.store)
     yield dg.MaterializeResult(
         metadata={

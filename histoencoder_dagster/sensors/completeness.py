@@ -4,16 +4,16 @@ import dagster as dg
 
 from histoencoder_core.fingerprint import fingerprint
 from histoencoder_core.slides.arrivals import read_arrivals
+from histoencoder_dagster.assets import catalog
 from histoencoder_dagster.jobs import refresh_catalog
-from histoencoder_dagster.partitions import SLIDES
+from histoencoder_dagster.partitions import UNFINISHED
 from histoencoder_dagster.resources import Platform
-from histoencoder_dagster.sensors.batches import InFlight
 
 
 def new_troubles(
     context: dg.SensorEvaluationContext, platform: dg.ResourceParam[Platform]
 ) -> dg.SensorResult | dg.SkipReason:
-    """Refresh the catalog when slides failed, arrived or went away, and nothing else was made.
+    """Refresh the catalog when slides failed, arrived or went away, and nothing was made since.
 
     A failure is no event of an asset, so the catalog would tell of it with the next slide only.
     """
@@ -23,7 +23,22 @@ def new_troubles(
     sign = fingerprint(told)
     if sign == context.cursor:
         return dg.SkipReason("no slide failed, arrived or went away since the last refresh")
-    order = context.instance.get_dynamic_partitions(SLIDES)
-    if InFlight.of(context.instance, refresh_catalog.name, order).runs:
+    under_way = dg.RunsFilter(job_name=refresh_catalog.name, statuses=UNFINISHED)
+    if context.instance.get_runs_count(under_way):
         return dg.SkipReason("the catalog is being refreshed")
+    if _is_due_by_itself(context.instance):
+        return dg.SkipReason("the catalog is about to be refreshed: something was made since")
     return dg.SensorResult(run_requests=[dg.RunRequest()], cursor=sign)
+
+
+def _is_due_by_itself(instance: dg.DagsterInstance) -> bool:
+    """Whether something that the catalog is made from was recorded after it."""
+    made_from = [dep.asset_key for spec in catalog.specs for dep in spec.deps]
+    records = instance.get_asset_records([catalog.key, *made_from])
+    last = {
+        record.asset_entry.asset_key: materialization.storage_id
+        for record in records
+        if (materialization := record.asset_entry.last_materialization_record) is not None
+    }
+    own = last.pop(catalog.key, 0)
+    return any(storage_id > own for storage_id in last.values())

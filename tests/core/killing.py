@@ -34,7 +34,7 @@ SERVER = """
 import json, os, signal, sys
 from pathlib import Path
 
-import histoencoder_core.features, histoencoder_core.report
+import histoencoder_core.features, histoencoder_core.report.draw
 from histoencoder_core.cli.app import main
 
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the dead

@@ -17,7 +17,7 @@ from histoencoder_core.clusters.model import find_version, model_stamp
 from histoencoder_core.cohort import judge_slides, publish_catalog
 from histoencoder_core.errors import StoreError
 from histoencoder_core.forgetting import still_known, traces
-from histoencoder_core.report import FIGURES
+from histoencoder_core.report.composition import composition
 from histoencoder_core.report.umap_map import fit_umap
 from histoencoder_core.similar.index import tile_index
 from histoencoder_core.slides import FoundSlide, Register
@@ -35,7 +35,7 @@ def grown_once(cohort_store: Store, tmp_path_factory: pytest.TempPathFactory) ->
     assert model is not None
     fit_umap(store, store.slide_ids(), model)
     tile_index(store, feature_files(store))
-    FIGURES["composition"](store)
+    composition(store)
     judge_slides(store, "tissue", lambda _: "", rules=1)
     (store.cohort / "report.html").write_text(f"<p>{GONE}</p>")
     (store.cohort / "evaluation.json").write_text(json.dumps({"slides": [GONE]}))

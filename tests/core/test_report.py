@@ -28,13 +28,16 @@ from histoencoder_core.clusters import assign_slide
 from histoencoder_core.cohort import publish_catalog, run_sql
 from histoencoder_core.colours import N_COLOURS, cluster_colour
 from histoencoder_core.errors import SettingsError, StoreError
-from histoencoder_core.report import FIGURES, Figure, draw_figures, write_page, write_report
+from histoencoder_core.report import FIGURES
 from histoencoder_core.report import figure as saving
 from histoencoder_core.report import montages as montages_module
 from histoencoder_core.report.composition import by_similarity, composition
+from histoencoder_core.report.draw import DRAW, draw_figures, write_report
 from histoencoder_core.report.facts import read_facts
+from histoencoder_core.report.figure import Figure
 from histoencoder_core.report.heat_map import heat_map, read_shares
 from histoencoder_core.report.markup import html_of, table
+from histoencoder_core.report.page import write_page
 from histoencoder_core.report.purity_curve import purity_curve
 from histoencoder_core.report.sections import suspicious_clusters
 from histoencoder_core.report.umap_map import COORDINATES, neighbours_agree, umap_by_slide
@@ -244,6 +247,7 @@ def test_colours_are_told_apart_by_colour_blind_eyes() -> None:
 
 
 def test_every_figure_is_stamped_and_says_what_it_is(drawn: Drawn) -> None:
+    assert list(DRAW) == list(FIGURES)
     assert [figure.missing for figure in drawn.figures.values()] == [None] * len(FIGURES)
     for name, figure in drawn.figures.items():
         assert figure.png is not None
@@ -444,7 +448,7 @@ def test_the_page_needs_nothing_but_itself(drawn: Drawn) -> None:
         if "href" in attrs:
             assert (attrs["href"] or "#")[1:] in anchors
     assert "url(" not in html
-    assert sum(tag == "img" for tag, _ in page.tags) == len(FIGURES)
+    assert sum(tag == "img" for tag, _ in page.tags) == len(DRAW)
     assert "UNTRAINED ENCODER – means nothing" in page.text
     # What an embedded drawing refers to lies within it.
     for figure in drawn.figures.values():

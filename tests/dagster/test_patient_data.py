@@ -28,7 +28,7 @@ from core.making import tissue_pixels, write_dicom
 from PIL import Image
 from searching import found_in
 
-from histoencoder_core.report import write_report
+from histoencoder_core.report.draw import write_report
 from histoencoder_dagster.partitions import RANGE_END, RANGE_START
 
 SURNAME, GIVEN, NUMBER = "Zebrowska", "Wilhelmina", "MRN47110815"

@@ -417,6 +417,17 @@ def test_a_failure_refreshes_the_catalog_although_nothing_was_made(deployment):
     assert run.success
     assert deployment.metadata("completeness")["slides_failed"] == 1
     assert isinstance(deployment.tick("new_troubles"), dg.SkipReason)
+    deployment.add("good")
+    deployment.drop_broken("worse.svs")
+    scan(deployment)
+    deployment.tick("new_slides")
+    assert deployment.recorded("slides") == {"good"}
+    assert isinstance(deployment.tick("new_troubles"), dg.SkipReason), "the catalog is due anyway"
+    deployment.run("catalog", "completeness")
+    [run] = deployment.run_requests(deployment.tick("new_troubles"), "refresh_catalog")
+    assert run.success, "whether it knew of all that failed can't be told"
+    assert deployment.metadata("completeness")["slides_failed"] == 2
+    assert isinstance(deployment.tick("new_troubles"), dg.SkipReason)
 
 
 # New annotations ----------------------------------------------------------------------------------
