@@ -7,9 +7,12 @@ normalised. `extraction` takes slides through `reading`, encoding and writing: t
 come in, ``features.parquet`` goes out.
 """
 
-from histoencoder_core.features.encoders import Encoder, encoder_names, load_encoder
-from histoencoder_core.features.extraction import extract_slides, features_stamp
-from histoencoder_core.features.runner import Runner
+from histoencoder_core.imports import collector_off
+
+with collector_off():
+    from histoencoder_core.features.encoders import Encoder, encoder_names, load_encoder
+    from histoencoder_core.features.extraction import extract_slides, features_stamp
+    from histoencoder_core.features.runner import Runner
 
 __all__ = [
     "Encoder",

@@ -33,7 +33,9 @@ def tile_metrics(pixels: np.ndarray, mask: np.ndarray) -> dict[str, float]:
         The `METRICS`: shares of black and white pixels, the standard deviation of the Laplacian
         (sharpness), blur, means and standard deviations of the grey, RGB and HSV channels.
     """
-    from histoprep.functional import get_image_metrics  # takes a second to import
+    from histoencoder_core.tiles.histoprep_functions import (
+        get_image_metrics,
+    )  # takes seconds to import
 
     # HistoPrep 2.0.5's quantiles fail on NumPy 2.
     found = get_image_metrics(pixels, mask, quantiles=())

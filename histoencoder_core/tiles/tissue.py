@@ -105,7 +105,9 @@ def _otsu(
     grey: np.ndarray, *, multiplier: float, sigma: float, threshold: int | None = None
 ) -> tuple[int, np.ndarray]:
     """HistoPrep's threshold and mask."""
-    from histoprep.functional import get_tissue_mask  # takes a second to import
+    from histoencoder_core.tiles.histoprep_functions import (
+        get_tissue_mask,
+    )  # takes seconds to import
 
     threshold, mask = get_tissue_mask(
         image=grey, threshold=threshold, multiplier=multiplier, sigma=sigma
