@@ -250,8 +250,8 @@ class PlatformSettings(BaseSettings):
         reader_seconds: Time that the process which decodes a slide may take for one answer.
         reader_memory_gb: Memory in GB (10⁹ bytes) that this process may take.
         slides_per_run: Slides a Dagster run.
-        runs_in_flight: Runs that describe slides, and runs that work them up, that may be queued or
-            running at once before more are asked for; what waits stays owed.
+        runs_in_flight: Runs that begin with the same stage that may be queued or running at once
+            before more are asked for; what waits stays owed.
         newest_first: Take up the slides that were scanned last first, not the oldest.
         settle_seconds: A file must have been left alone for so long before it counts as scanned.
         tick_seconds: Time between two looks of Dagster's sensors at what is new and what is due.

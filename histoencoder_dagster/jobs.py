@@ -18,10 +18,14 @@ from histoencoder_dagster.assets import (
     tiles,
 )
 
+WORK = "histoencoder/work"
+"""Tag by which `deploy/dagster.yaml` bounds how many runs of a kind are executed at once."""
+
 describe_slides = dg.define_asset_job(
     "describe_slides",
     selection=dg.AssetSelection.assets(slides).without_checks(),
     description="Open newly scanned slides. The stages after it follow by themselves.",
+    tags={WORK: "new"},
 )
 
 label_slides = dg.define_asset_job(
@@ -33,14 +37,16 @@ label_slides = dg.define_asset_job(
 work_up_slides = dg.define_asset_job(
     "work_up_slides",
     selection=dg.AssetSelection.assets(tiles, features, clusters, annotations).without_checks(),
-    description="Take described slides through the stages that follow, as far as there are any.",
-    tags={"histoencoder/work": "slides"},
+    description="Take described slides through the stages that follow. Before there is a cluster "
+    "model, with labels, choose fewer.",
+    tags={WORK: "slides"},
 )
 
 fit_clusters = dg.define_asset_job(
     "fit_clusters",
     selection=dg.AssetSelection.assets(cluster_model).without_checks(),
     description="Fit a new cluster model over all slides. Their clusters are assigned anew.",
+    tags={WORK: "cohort"},
 )
 
 refresh_catalog = dg.define_asset_job(
@@ -49,12 +55,14 @@ refresh_catalog = dg.define_asset_job(
         catalog, completeness, cluster_statistics, cluster_purity
     ).without_checks(),
     description="Bring the DuckDB catalog and its statistics up to date now.",
+    tags={WORK: "cohort"},
 )
 
 name_clusters = dg.define_asset_job(
     "name_clusters",
     selection=dg.AssetSelection.assets(cluster_labels, annotation_accuracy).without_checks(),
     description="Look again at what clusters mean. Slides are annotated anew if that has changed.",
+    tags={WORK: "cohort"},
 )
 
 make_report = dg.define_asset_job(

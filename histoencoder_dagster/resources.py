@@ -1,6 +1,8 @@
 """What assets and sensors are given: the deployment, opened."""
 
 import functools
+import gc
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -85,3 +87,14 @@ class Platform:
         return Runner(
             encoder, device=asked.device, backend=asked.backend, batch_size=asked.batch_size
         )
+
+    def release_encoder(self) -> None:
+        """Forget the encoder, and give its memory and its GPU to other runs."""
+        self.__dict__.pop("runner", None)
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_initialized():
+            from histoencoder_core.features.lease import release_gpus
+
+            gc.collect()
+            torch.cuda.empty_cache()
+            release_gpus()

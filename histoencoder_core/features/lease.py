@@ -38,7 +38,7 @@ def lease_folder() -> Path:
 
 
 def lease_gpu(indices: Sequence[int] | None = None) -> int:
-    """Lease a free GPU until this process ends, and wait while there is none.
+    """Lease a free GPU until this process ends or releases it, and wait while there is none.
 
     Asking again gives the same GPU: the weights are there already.
 
@@ -54,6 +54,14 @@ def lease_gpu(indices: Sequence[int] | None = None) -> int:
     names = {index: _name(index) for index in indices or range(torch.cuda.device_count())}
     with _leasing:
         return _lease(names)
+
+
+def release_gpus() -> None:
+    """Give the leased GPUs to other processes; nothing of this one may lie on them any more."""
+    with _leasing:
+        while _held:
+            _, lock = _held.popitem()
+            lock.release()
 
 
 def _lease(names: dict[int, str]) -> int:

@@ -47,6 +47,15 @@ def features(
     context: dg.AssetExecutionContext, platform: dg.ResourceParam[Platform]
 ) -> Iterator[dg.MaterializeResult[None]]:
     """A feature vector for each tile, by the deployment's encoder."""
+    try:
+        yield from _extracted(context, platform)
+    finally:
+        platform.release_encoder()  # other runs wait for the GPU while this one goes on to clusters
+
+
+def _extracted(
+    context: dg.AssetExecutionContext, platform: Platform
+) -> Iterator[dg.MaterializeResult[None]]:
     from histoencoder_core.features import extract_slides  # takes seconds; see Platform.runner
 
     store, readers = platform.store, platform.settings.readers

@@ -63,7 +63,8 @@ def new_annotations(
     )
     now = _signs(store, said, order, seen=seen, ever={*recorded, *seen})
     attempts = Attempts(cursor.get("attempts", {}))
-    in_flight = InFlight.of(instance, label_slides.name, order)
+    clock = time.time()
+    in_flight = InFlight.of(instance, label_slides.name, order, now=clock)
     owed: dict[str, str] = {}
     for slide_id, sign in now.items():
         under_way = attempts.is_unrecorded(slide_id, recorded) or slide_id in in_flight.slides
@@ -80,7 +81,7 @@ def new_annotations(
         failure=lambda slide_id: store.slide(slide_id).failures().get("labels"),
         most_runs=settings.runs_in_flight,
         size=settings.slides_per_run,
-        now=time.time(),
+        now=clock,
     )
     attempts.keep({*owed, *in_flight.slides})
     done = {slide_id: sign for slide_id, sign in now.items() if slide_id not in owed}

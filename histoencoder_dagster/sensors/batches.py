@@ -6,15 +6,24 @@ a week goes on at the pace of any other day.
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import Any
 
 import dagster as dg
-from dagster import RunsFilter
+from dagster import DagsterRunStatus, RunsFilter
+from dagster._core.storage.tags import AUTO_RETRY_RUN_ID_TAG, WILL_RETRY_TAG
 
 from histoencoder_core.store.failures import LONGEST_WAIT, due_again, wait_after
 from histoencoder_dagster.partitions import PARTITION, RANGE_END, RANGE_START, UNFINISHED
+
+FROM_STAGE = "histoencoder/from"
+"""Tag of a run: the stage that it begins with."""
+
+RETRY_SECONDS = 600.0
+"""A run that was killed longer ago, and was to be tried again, will not be: nobody did."""
 
 LOOKING_SECONDS = 2.0
 """Time that a tick may read slides' folders in. After a restart it takes several ticks to have read
@@ -106,26 +115,38 @@ class Attempts:
 
 @dataclass(frozen=True)
 class InFlight:
-    """Runs of one job that are queued or running.
+    """Runs of one job that are queued or running, or that Dagster is about to try again.
 
     Attributes:
         runs: Their number.
         slides: The partitions that they are going to make.
+        by_stage: Their number by the stage that they were asked for to begin with.
     """
 
     runs: int
     slides: frozenset[str]
+    by_stage: Mapping[str, int]
 
     @classmethod
-    def of(cls, instance: dg.DagsterInstance, job_name: str, order: Sequence[str]) -> "InFlight":
+    def of(
+        cls, instance: dg.DagsterInstance, job_name: str, order: Sequence[str], *, now: float
+    ) -> "InFlight":
         """Look at the runs of a job.
 
         Args:
             instance: Dagster's.
             job_name: The job.
             order: All partition keys in Dagster's order.
+            now: In seconds since 1970.
         """
-        runs = instance.get_runs(RunsFilter(job_name=job_name, statuses=UNFINISHED))
+        runs = [*instance.get_runs(RunsFilter(job_name=job_name, statuses=UNFINISHED))]
+        killed = RunsFilter(
+            job_name=job_name,
+            statuses=[DagsterRunStatus.FAILURE],
+            tags={WILL_RETRY_TAG: "true"},
+            updated_after=datetime.fromtimestamp(now - RETRY_SECONDS, UTC),
+        )
+        runs += [r for r in instance.get_runs(killed) if AUTO_RETRY_RUN_ID_TAG not in r.tags]
         place = {key: i for i, key in enumerate(order)} if runs else {}
         found: set[str] = set()
         for run in runs:
@@ -133,12 +154,17 @@ class InFlight:
             last = place.get(run.tags.get(RANGE_END) or run.tags.get(PARTITION, ""))
             if first is not None and last is not None:
                 found.update(order[first : last + 1])
-        return cls(len(runs), frozenset(found))
+        by_stage = Counter(run.tags[FROM_STAGE] for run in runs if FROM_STAGE in run.tags)
+        return cls(len(runs), frozenset(found), by_stage)
+
+    def beginning_with(self, stage: str) -> "InFlight":
+        """The same slides, but only the runs that begin with a stage."""
+        return replace(self, runs=self.by_stage.get(stage, 0))
 
     def and_asked(self, batches: Sequence[Sequence[str]]) -> "InFlight":
-        """The same, and what has just been asked for."""
+        """The same, and the slides that have just been asked for."""
         asked = (slide_id for batch in batches for slide_id in batch)
-        return InFlight(self.runs + len(batches), self.slides.union(asked))
+        return replace(self, slides=self.slides.union(asked))
 
 
 def next_batches(
@@ -170,7 +196,8 @@ def next_batches(
 
     Returns:
         Ranges of partitions. A slide that was asked for before and of which nothing was heard is a
-        range of its own: it may be what killed its run.
+        range of its own: it may be what killed its run. One that was asked for with a stage before
+        goes with its batch once more, as that stage may have ended the run.
     """
     fresh, alone = [], []
     for slide_id, sign in owed.items():
@@ -184,7 +211,8 @@ def next_batches(
             attempts.close(slide_id, sign)
             if due_again(failed, now):
                 fresh.append(slide_id)
-        # Its run did not come so far: another slide may have failed in a stage before.
+        # Its run did not come so far, as another slide failed in a stage before. (If it was killed
+        # in this stage, so may be the next; then each goes alone.)
         elif attempt.is_open:
             fresh.append(slide_id)
         # A time farther off than any wait is that of a clock that was set back since.
@@ -253,11 +281,13 @@ def request(batch: Sequence[str], *, stages: Sequence[str] | None = None) -> dg.
         batch: Partition keys.
         stages: Those of the job's assets that are to be made; all if None.
     """
+    tags = {RANGE_START: batch[0], RANGE_END: batch[-1]}
+    if stages is None:
+        return dg.RunRequest(tags=tags)
     return dg.RunRequest(
-        tags={RANGE_START: batch[0], RANGE_END: batch[-1]},
-        asset_selection=None if stages is None else [dg.AssetKey(stage) for stage in stages],
-        # Else the checks of what is selected are run, although the job has none.
-        asset_check_keys=None if stages is None else [],
+        tags={**tags, FROM_STAGE: stages[0]},
+        asset_selection=[dg.AssetKey(stage) for stage in stages],
+        asset_check_keys=[],  # else the checks of what is selected are run, which the job has not
     )
 
 

@@ -1,5 +1,7 @@
 """Watching for what no asset tells of: slides that failed, wait, or are gone."""
 
+import time
+
 import dagster as dg
 
 from histoencoder_core.fingerprint import fingerprint
@@ -8,6 +10,9 @@ from histoencoder_dagster.assets import catalog
 from histoencoder_dagster.jobs import refresh_catalog
 from histoencoder_dagster.partitions import UNFINISHED
 from histoencoder_dagster.resources import Platform
+
+REFRESH_SECONDS = 900.0
+"""Longer than a refresh that follows what was made takes, with the wait for it."""
 
 
 def new_troubles(
@@ -32,13 +37,15 @@ def new_troubles(
 
 
 def _is_due_by_itself(instance: dg.DagsterInstance) -> bool:
-    """Whether something that the catalog is made from was recorded after it."""
+    """Whether something that the catalog is made from was recorded after it, and not long ago."""
     made_from = [dep.asset_key for spec in catalog.specs for dep in spec.deps]
     records = instance.get_asset_records([catalog.key, *made_from])
     last = {
-        record.asset_entry.asset_key: materialization.storage_id
+        record.asset_entry.asset_key: materialization
         for record in records
         if (materialization := record.asset_entry.last_materialization_record) is not None
     }
-    own = last.pop(catalog.key, 0)
-    return any(storage_id > own for storage_id in last.values())
+    own = last.pop(catalog.key, None)
+    after = [it for it in last.values() if own is None or it.storage_id > own.storage_id]
+    # If that is long ago, the refresh failed, or its sensor is stopped.
+    return any(time.time() - it.timestamp < REFRESH_SECONDS for it in after)

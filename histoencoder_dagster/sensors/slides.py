@@ -62,7 +62,7 @@ def new_slides(
     order = instance.get_dynamic_partitions(SLIDES)
     cursor = read_cursor(context.cursor)
     attempts = Attempts(cursor.get("attempts", {}))
-    in_flight = InFlight.of(instance, describe_slides.name, order)
+    in_flight = InFlight.of(instance, describe_slides.name, order, now=now)
     try:
         tiles = _tiles_there(store, but={*recorded, *look.registered})
     except StoreError as error:  # a faulty tiles.csv is no reason to hold back scanned slides

@@ -55,9 +55,10 @@ def next_stages(
     now = time.time()
     order = instance.get_dynamic_partitions(SLIDES)
     cursor = read_cursor(context.cursor)
+    # First what is under way: what ends after this look is taken for under way for a tick longer.
+    in_flight = InFlight.of(instance, work_up_slides.name, order, now=now)
     recorded = {stage: _recorded(instance, stage) for stage in ("slides", *FOLLOWS)}
     attempts = {stage: Attempts(cursor.get(stage, {})) for stage in FOLLOWS}
-    in_flight = InFlight.of(instance, work_up_slides.name, order)
     since = _since(instance, platform)
     requests: list[dg.RunRequest] = []
     for stage, (before, _) in FOLLOWS.items():
@@ -70,7 +71,8 @@ def next_stages(
             attempts[stage],
             order=order,
             recorded=recorded[stage],
-            in_flight=in_flight,
+            # Each stage has its own bound: those that wait for tiles must not hold up the others.
+            in_flight=in_flight.beginning_with(stage),
             failure=partial(_failure, store, stage),
             most_runs=settings.runs_in_flight,
             size=settings.slides_per_run,
@@ -113,9 +115,10 @@ def _since(instance: dg.DagsterInstance, platform: Platform) -> dict[Stage, int]
 def _are_named(platform: Platform) -> bool:
     """Whether the clusters of the current model have labels: those of one before are of no use."""
     try:
-        return current_cluster_labels(platform.store, platform.settings.annotate) is not None
+        labels = current_cluster_labels(platform.store, platform.settings.annotate)
     except HistoEncoderError:  # the asset tells
         return False
+    return labels is not None and bool(labels.names)
 
 
 def _failure(store: Store, stage: Stage, slide_id: str) -> Mapping[str, Any] | None:

@@ -117,6 +117,16 @@ def test_the_lease_of_a_killed_process_is_free(hold: Hold) -> None:
     assert lease.lease_gpu() == 0
 
 
+def test_a_released_gpu_is_free_for_others_and_can_be_leased_again(hold: Hold) -> None:
+    assert lease.lease_gpu() == 0
+    assert hold().index == 1
+    lease.release_gpus()
+    assert hold().index == 0
+    lease.release_gpus()  # nothing is held
+    with pytest.raises(lease.Timeout):
+        lease.FileLock(lease.lease_folder() / "gpu-a.lock").acquire(blocking=False)
+
+
 def test_one_of_the_gpus_can_be_asked_for(hold: Hold) -> None:
     assert lease.lease_gpu([1]) == 1
     assert lease.lease_gpu([1]) == lease.lease_gpu() == 1

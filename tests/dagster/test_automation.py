@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 import dagster as dg
 import pytest
 from dagster import DagsterRunStatus
+from dagster._core.storage.tags import WILL_RETRY_TAG
 
 from histoencoder_core import features as core_features
 from histoencoder_core.errors import WeightsError
@@ -46,9 +47,13 @@ def with_model(deployment, *names):
 
 def requested(deployment):
     """Tick the sensor of stages once: the stages and the ends of the range of each request."""
+    return told_of(deployment.tick("next_stages").run_requests)
+
+
+def told_of(requests):
     return [
         ([key.path[-1] for key in r.asset_selection], (r.tags[RANGE_START], r.tags[RANGE_END]))
-        for r in deployment.tick("next_stages").run_requests or []
+        for r in requests
     ]
 
 
@@ -107,6 +112,49 @@ def test_a_slide_that_fails_ends_its_run_and_the_others_go_on_at_once(watched, c
     assert watched.due_stages() == {}, "the run of c may be about to begin"
     clock(301)
     assert requested(watched) == [(["features"], ("c", "c"))]
+
+
+def test_what_waits_for_its_first_stage_does_not_hold_up_what_is_further_on(watched):
+    """As in an archive of thousands, one of whose first slides is bad."""
+    watched.change(slides_per_run=2, runs_in_flight=1)
+    watched.drop("b", "d", "e", "f")
+    watched.drop("a", mpp=None)
+    assert watched.register() == [*"abdef"]
+    watched.run("slides")
+    both = ["tiles", "features"]
+    assert requested(watched) == [(both, ("a", "b"))]
+    watched.run(*both, slides=["a", "b"])
+    assert watched.recorded("tiles") == {"b"}
+    requests = watched.tick("next_stages").run_requests
+    assert told_of(requests) == [(both, ("d", "e")), (["features"], ("b", "b"))]
+    job = watched.defs.resolve_job_def("work_up_slides")
+    runs = [
+        watched.instance.create_run_for_job(
+            job.get_subset(asset_selection=set(r.asset_selection)),
+            status=DagsterRunStatus.STARTED,
+            tags=r.tags,
+        )
+        for r in requests
+    ]
+    assert watched.due_stages() == {}, "one run of each stage is in flight"
+    watched.instance.delete_run(runs[0].run_id)
+    assert requested(watched) == [(both, ("f", "f"))]
+
+
+def test_what_dagster_is_about_to_try_again_is_not_asked_for(watched, clock):
+    watched.add("a", "b")
+    watched.run("slides")
+    [request] = watched.tick("next_stages").run_requests
+    job = watched.defs.resolve_job_def("work_up_slides")
+    watched.run("tiles")
+    watched.instance.create_run_for_job(
+        job.get_subset(asset_selection=set(request.asset_selection)),
+        status=DagsterRunStatus.FAILURE,
+        tags={**request.tags, WILL_RETRY_TAG: "true"},
+    )
+    assert watched.due_stages() == {}
+    clock(601)
+    assert watched.due_stages() == {"features": {"a", "b"}}, "it was not tried again"
 
 
 def test_what_failed_late_in_a_run_is_not_asked_for_at_once(watched, clock, monkeypatch):
