@@ -291,6 +291,8 @@ def annotations_state(
     if stamp is None:
         if labels is None:
             return "not due", "what clusters mean is not known"
+        if not labels.names:
+            return "not due", "no cluster has a label yet"
         return "missing", None
     if stamp.made_from["clusters"] != clusters:
         return "stale", "the clusters have changed"

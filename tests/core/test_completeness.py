@@ -11,8 +11,9 @@ import pytest
 from making import tissue_pixels, write_tiff
 from test_cli import UNTRAINED, program  # noqa: F401 - a fixture
 
-from histoencoder_core.cohort import run_sql, slide_states
-from histoencoder_core.settings import EncoderSettings
+from histoencoder_core.annotate import derive_labels
+from histoencoder_core.cohort import build_catalog, run_sql, slide_states
+from histoencoder_core.settings import AnnotationSettings, EncoderSettings
 from histoencoder_core.slides import Register, find_slides
 from histoencoder_core.slides.find import find_pattern
 from histoencoder_core.store import Store
@@ -50,6 +51,21 @@ def done(program):  # noqa: F811
     everything = dict.fromkeys(("slides", "tiles", "features", "clusters", "labels"), "done")
     assert states(annotations="annotations") == {**everything, "annotations": "not due"}
     return program
+
+
+def test_where_nothing_is_labelled_no_annotation_is_missing(program) -> None:  # noqa: F811
+    """After each catalog the platform asks what clusters mean, which is nothing until then."""
+    Path("slides").mkdir()
+    write_tiff(Path("slides/a.tiff"), tissue_pixels(2048, 1536), mpp=0.5)
+    program("tile", "-i", "slides", "-o", "store")
+    program("extract", "-i", "store", "-m", UNTRAINED, "-s", "64")
+    program("cluster", "-i", "store", "-n", "2")
+    settings = AnnotationSettings(n_clusters=2)
+    build_catalog(Store("store"), annotate=settings)
+    derive_labels(Store("store"), settings)
+    assert states(annotate=settings)["annotations"] == "not due"
+    code, told, error = program("status", "-i", "store")
+    assert code == 0, told + error
 
 
 def test_other_tiles_make_all_that_was_made_from_them_stale(done) -> None:
