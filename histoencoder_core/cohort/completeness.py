@@ -34,6 +34,9 @@ from histoencoder_core.tiles import tiles_stamp
 
 log = logging.getLogger(__name__)
 
+RULES = 2
+"""Version of how states are told from files: a catalog of another version is written anew."""
+
 State = Literal[
     "done", "empty", "input", "duplicate", "waiting", "stale", "failed", "missing", "not due"
 ]

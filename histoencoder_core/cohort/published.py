@@ -15,6 +15,7 @@ from histoencoder_core.clusters.naming import ClusterLabels
 from histoencoder_core.cohort import database
 from histoencoder_core.cohort.changes import Known, Signature
 from histoencoder_core.cohort.completeness import (
+    RULES,
     Asked,
     StageState,
     annotations_state,
@@ -56,6 +57,7 @@ def made_for(asked: Asked) -> dict[str, Any]:
     settings = {name: getattr(asked, name) for name in _OPTIONAL}
     return {
         "form": database.form(),
+        "rules": RULES,
         "model": asked.model and asked.model.version,
         **{name: it and it.model_dump(mode="json") for name, it in settings.items()},
     }
