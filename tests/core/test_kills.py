@@ -240,6 +240,38 @@ def test_killed_at_random_moments_the_command_line_makes_what_it_makes_undisturb
     assert looks > 0
 
 
+@pytest.mark.timeout(600)
+def test_killed_in_each_stage_of_a_slide_a_command_makes_what_it_makes_undisturbed(
+    lines: CommandLines, reference: Reference, tmp_path: Path
+) -> None:
+    """Random moments seldom hit stages that take but a moment: here each is waited for."""
+    rng = random.Random(SEED)
+    hits: Counter[str] = Counter()
+    store = Store(tmp_path / "store")
+    with Watcher(store, reference.known) as watcher:
+        for step, planned in zip(
+            plan_of(reference.slides, store.root), reference.steps, strict=True
+        ):
+            for stage in layout.STAGES:
+                if stage in hits or stage not in map(stage_of, planned.made):
+                    continue
+                running = lines.start(*step.words)
+                while running.code is None and planned.stage(store) != stage:
+                    time.sleep(0.001)
+                time.sleep(rng.uniform(0, 0.05))
+                if running.kill():
+                    hits[planned.stage(store)] += 1
+            running = lines.start(*step.words)
+            assert running.wait() == step.code, running.log.read_text()
+            assert differences(contents_of(store), planned.after) == [], step.name
+            if hits.keys() >= {*layout.STAGES}:
+                break
+    told = {"seed": SEED, "kills": hits.total(), "by stage": dict(hits.most_common())}
+    print(json.dumps(told))  # noqa: T201 - the figures of `make chaos`
+    assert watcher.faults == []
+    assert hits.keys() >= {"labels", "annotations"}
+
+
 def test_of_two_command_lines_at_once_each_slide_is_made_by_one(
     lines: CommandLines, reference: Reference, tmp_path: Path
 ) -> None:
