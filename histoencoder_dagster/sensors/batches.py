@@ -167,6 +167,11 @@ class InFlight:
         return replace(self, slides=self.slides.union(asked))
 
 
+def is_under_way(instance: dg.DagsterInstance, job_name: str) -> bool:
+    """Whether a run of a job is queued or running."""
+    return instance.get_runs_count(RunsFilter(job_name=job_name, statuses=UNFINISHED)) > 0
+
+
 def next_batches(
     owed: Mapping[str, str],
     attempts: Attempts,

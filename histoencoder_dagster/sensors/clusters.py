@@ -9,8 +9,8 @@ from histoencoder_core.clusters import current_model
 from histoencoder_core.store.failures import LONGEST_WAIT, wait_after
 from histoencoder_dagster.assets import cluster_model
 from histoencoder_dagster.jobs import fit_clusters
-from histoencoder_dagster.partitions import UNFINISHED
 from histoencoder_dagster.resources import Platform
+from histoencoder_dagster.sensors.batches import is_under_way
 
 
 def first_cluster_model(
@@ -31,8 +31,7 @@ def first_cluster_model(
             metadata={"version": model.version, "untrained": model.untrained},
         )
         return dg.SensorResult(asset_events=[found])
-    under_way = dg.RunsFilter(job_name=fit_clusters.name, statuses=UNFINISHED)
-    if context.instance.get_runs_count(under_way):
+    if is_under_way(context.instance, fit_clusters.name):
         return dg.SkipReason("a cluster model is being fitted")
     ready = sum(store.slide(s).record("features").exists() for s in store.slide_ids())
     if ready < needed:

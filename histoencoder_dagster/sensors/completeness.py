@@ -8,8 +8,8 @@ from histoencoder_core.fingerprint import fingerprint
 from histoencoder_core.slides.arrivals import read_arrivals
 from histoencoder_dagster.assets import catalog
 from histoencoder_dagster.jobs import refresh_catalog
-from histoencoder_dagster.partitions import UNFINISHED
 from histoencoder_dagster.resources import Platform
+from histoencoder_dagster.sensors.batches import is_under_way
 
 REFRESH_SECONDS = 900.0
 """Longer than a refresh that follows what was made takes, with the wait for it."""
@@ -28,8 +28,7 @@ def new_troubles(
     sign = fingerprint(told)
     if sign == context.cursor:
         return dg.SkipReason("no slide failed, arrived or went away since the last refresh")
-    under_way = dg.RunsFilter(job_name=refresh_catalog.name, statuses=UNFINISHED)
-    if context.instance.get_runs_count(under_way):
+    if is_under_way(context.instance, refresh_catalog.name):
         return dg.SkipReason("the catalog is being refreshed")
     if _is_due_by_itself(context.instance):
         return dg.SkipReason("the catalog is about to be refreshed: something was made since")

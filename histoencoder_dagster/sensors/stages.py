@@ -60,6 +60,7 @@ def next_stages(
     recorded = {stage: _recorded(instance, stage) for stage in ("slides", *FOLLOWS)}
     attempts = {stage: Attempts(cursor.get(stage, {})) for stage in FOLLOWS}
     since = _since(instance, platform)
+    possible = list(since)
     requests: list[dg.RunRequest] = []
     for stage, (before, _) in FOLLOWS.items():
         owed: dict[str, str] = {}
@@ -81,7 +82,7 @@ def next_stages(
         )
         in_flight = in_flight.and_asked(batches)
         if batches:
-            following = list(since)[list(since).index(stage) :]
+            following = possible[possible.index(stage) :]
             requests += [request(batch, stages=following) for batch in batches]
             for later in following[1:]:
                 for slide_id in (s for batch in batches for s in batch):

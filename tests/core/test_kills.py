@@ -122,6 +122,10 @@ class Reference:
     slides: Path
     steps: list[Step]
 
+    def plan(self, store: Store) -> Iterator[tuple[Step, Step]]:
+        """The same commands on another store, each with what it made here."""
+        return zip(plan_of(self.slides, store.root), self.steps, strict=True)
+
     @property
     def known(self) -> dict[str, list[Any]]:
         """By file, all that it held after some step."""
@@ -208,9 +212,7 @@ def test_killed_at_random_moments_the_command_line_makes_what_it_makes_undisturb
         # The store's name is on the report.
         store = Store(tmp_path / str(rounds) / "store")
         with Watcher(store, known) as watcher:
-            for step, planned in zip(
-                plan_of(reference.slides, store.root), reference.steps, strict=True
-            ):
+            for step, planned in reference.plan(store):
                 running = lines.start(*step.words)
                 most = (3 if step.name == "report" else 10) if LONG else 1
                 for _ in range(most if hits.total() < KILLS else 0):
@@ -249,9 +251,7 @@ def test_killed_in_each_stage_of_a_slide_a_command_makes_what_it_makes_undisturb
     hits: Counter[str] = Counter()
     store = Store(tmp_path / "store")
     with Watcher(store, reference.known) as watcher:
-        for step, planned in zip(
-            plan_of(reference.slides, store.root), reference.steps, strict=True
-        ):
+        for step, planned in reference.plan(store):
             for stage in layout.STAGES:
                 if stage in hits or stage not in map(stage_of, planned.made):
                     continue
