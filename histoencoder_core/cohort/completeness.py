@@ -224,7 +224,7 @@ def _features(look: SlideLook, asked: Asked) -> _Found:
     stamp = look.folder.stamp("features")
     if stamp is None:
         return "input" if look.folder.is_foreign("features") else "missing", None
-    if look.source is not None and stamp.made_from["tiles"] != look.source.upstream():
+    if look.is_outdated("features"):
         return "stale", "the tiles have changed"
     if asked.encoder is not None and not made_by(stamp, asked.encoder):
         return "stale", f"made by {stamp.result['encoder']} with other settings"
@@ -252,7 +252,7 @@ def _slide_clusters(look: SlideLook) -> _Found:
     stamp = look.folder.stamp("slide_clusters")
     if stamp is None:
         return "input" if look.folder.is_foreign("slide_clusters") else "missing", None
-    if look.features is not None and stamp.made_from["features"] != look.features.fingerprint:
+    if look.is_outdated("slide_clusters"):
         return "stale", "the features have changed"
     return _done(stamp)
 

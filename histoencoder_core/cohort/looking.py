@@ -76,3 +76,28 @@ class SlideLook:
             StoreError: The file holds none.
         """
         return feature_file(self.folder)
+
+    def is_outdated(self, stage: Stage) -> bool:
+        """Whether a stage was made from what a stage before it gave earlier, and not now.
+
+        Other programs' outputs, and those of stages before that are not there, tell nothing.
+
+        Raises:
+            StoreError: What it is made from can't be read.
+        """
+        stamp = self.folder.stamp(stage)
+        if stamp is None:
+            return False
+        made_from = stamp.made_from
+        if stage == "tiles":
+            slide = self.description
+            return slide is not None and made_from["slide"] != slide.content
+        if stage == "features":
+            return self.source is not None and made_from["tiles"] != self.source.upstream()
+        if stage in ("clusters", "slide_clusters"):
+            features = self.features
+            return features is not None and made_from["features"] != features.fingerprint
+        if stage == "annotations":
+            clusters = self.folder.stamp("clusters")
+            return clusters is not None and made_from["clusters"] != clusters.fingerprint
+        return False

@@ -22,6 +22,9 @@ from histoencoder_dagster.partitions import PARTITION, RANGE_END, RANGE_START, U
 FROM_STAGE = "histoencoder/from"
 """Tag of a run: the stage that it begins with."""
 
+OUTDATED = "outdated"
+"""Sign of no slide, whatever it looks like."""
+
 RETRY_SECONDS = 600.0
 """A run that was killed longer ago, and was to be tried again, will not be: nobody did."""
 
@@ -81,10 +84,16 @@ class Attempts:
         attempt = self._by_slide.get(slide_id)
         return attempt is not None and not attempt.is_of(sign)
 
+    def outdate(self, slide_id: str, *, record: int) -> None:
+        """What was recorded is known to be of before: the slide is owed until it is asked for."""
+        self._by_slide[slide_id] = Attempt(OUTDATED, requests=0, not_before=0, record=record)
+
     def is_unrecorded(self, slide_id: str, recorded: Mapping[str, int]) -> bool:
-        """Whether a slide was asked for, and nothing was recorded of it since."""
+        """Whether a slide was asked for by itself, and nothing was recorded of it since."""
         attempt = self._by_slide.get(slide_id)
-        return attempt is not None and recorded.get(slide_id, 0) <= attempt.record
+        if attempt is None or attempt.is_open:
+            return False
+        return recorded.get(slide_id, 0) <= attempt.record
 
     def note(
         self, slide_id: str, sign: str, *, requests: int, now: float, failed: float, record: int

@@ -7,11 +7,15 @@ was recorded after it, whatever was asked for in between.
 
 What is owed is asked for together with all that follows it, in one run. If a slide fails in a
 stage, its run ends there, and the stages that follow are owed of the others.
+
+A record may come after that of a stage before and yet be of what was there before it: somebody
+made tiles anew while a run was encoding those of before. So of each new record it is looked up in
+the store, once, what it was made from.
 """
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,6 +23,7 @@ import dagster as dg
 from dagster import DagsterEventType
 
 from histoencoder_core.clusters.naming import current_cluster_labels
+from histoencoder_core.cohort.looking import SlideLook
 from histoencoder_core.errors import HistoEncoderError
 from histoencoder_core.store import Store
 from histoencoder_core.store.layout import Stage
@@ -26,6 +31,7 @@ from histoencoder_dagster.jobs import work_up_slides
 from histoencoder_dagster.partitions import SLIDES
 from histoencoder_dagster.resources import Platform
 from histoencoder_dagster.sensors.batches import (
+    LOOKING_SECONDS,
     Attempts,
     InFlight,
     next_batches,
@@ -42,6 +48,9 @@ FOLLOWS: dict[Stage, tuple[Stage, str | None]] = {
 }
 """The stage of the slide, and the asset of the cohort, that a stage is made from."""
 
+_LOOKED = "looked"
+"""In the cursor, beside the stages: the last record of each that was looked up."""
+
 
 def next_stages(
     context: dg.SensorEvaluationContext, platform: dg.ResourceParam[Platform]
@@ -57,8 +66,10 @@ def next_stages(
     cursor = read_cursor(context.cursor)
     # First what is under way: what ends after this look is taken for under way for a tick longer.
     in_flight = InFlight.of(instance, work_up_slides.name, order, now=now)
-    recorded = {stage: _recorded(instance, stage) for stage in ("slides", *FOLLOWS)}
+    recorded: dict[Stage, Mapping[str, int]] = {"slides": _recorded(instance, "slides")}
+    recorded |= {stage: _recorded(instance, stage) for stage in FOLLOWS}
     attempts = {stage: Attempts(cursor.get(stage, {})) for stage in FOLLOWS}
+    looked = _look_up(store, recorded, attempts, cursor.get(_LOOKED, {}))
     since = _since(instance, platform)
     possible = list(since)
     requests: list[dg.RunRequest] = []
@@ -84,22 +95,79 @@ def next_stages(
         if batches:
             following = possible[possible.index(stage) :]
             requests += [request(batch, stages=following) for batch in batches]
+            asked = [slide_id for batch in batches for slide_id in batch]
             for later in following[1:]:
-                for slide_id in (s for batch in batches for s in batch):
-                    attempts[later].note(
-                        slide_id,
-                        _sign("", since[later]),
-                        requests=1,
-                        now=now,
-                        failed=time_of(_failure(store, later, slide_id)),
-                        record=recorded[later].get(slide_id, 0),
-                    )
+                _note_open(
+                    attempts[later], asked, store, later, since[later], recorded[later], now=now
+                )
         attempts[stage].keep({*owed, *in_flight.slides})
-    told = json.dumps({stage: asked.told() for stage, asked in attempts.items()})
+    told = {stage: asked_for.told() for stage, asked_for in attempts.items()}
+    new_cursor = json.dumps({**told, _LOOKED: looked})
     if not requests:
-        context.update_cursor(told)
+        context.update_cursor(new_cursor)
         return dg.SkipReason("nothing is owed that is not under way or waiting for another try")
-    return dg.SensorResult(run_requests=requests, cursor=told)
+    return dg.SensorResult(run_requests=requests, cursor=new_cursor)
+
+
+def _look_up(
+    store: Store,
+    recorded: Mapping[Stage, Mapping[str, int]],
+    attempts: Mapping[Stage, Attempts],
+    looked: Mapping[str, int],
+) -> dict[str, int]:
+    """Find the new records that are of what was there before; their slides become outdated.
+
+    Args:
+        store: The store.
+        recorded: By stage, number of each slide's last record.
+        attempts: By stage; those of such slides are changed.
+        looked: By stage, number of the last record that was looked up.
+
+    Returns:
+        The same, as of now: what there was no time for comes in the next look.
+    """
+    end = time.monotonic() + LOOKING_SECONDS
+    now_looked = dict(looked)
+    for stage in FOLLOWS:
+        seen = looked.get(stage, 0)
+        new = sorted((number, s) for s, number in recorded[stage].items() if number > seen)
+        for number, slide_id in new:
+            if time.monotonic() > end:
+                break
+            if _is_outdated(store, slide_id, stage):
+                attempts[stage].outdate(slide_id, record=number)
+            now_looked[stage] = number
+    return now_looked
+
+
+def _is_outdated(store: Store, slide_id: str, stage: Stage) -> bool:
+    """Whether a stage was made from what was there before; one that can't be read is not."""
+    try:
+        return SlideLook(store, slide_id, None).is_outdated(stage)
+    except (HistoEncoderError, OSError):  # its states tell
+        return False
+
+
+def _note_open(
+    attempts: Attempts,
+    slides: Iterable[str],
+    store: Store,
+    stage: Stage,
+    since: int,
+    recorded: Mapping[str, int],
+    *,
+    now: float,
+) -> None:
+    """Slides were asked for with a stage before: how they will look is not known yet."""
+    for slide_id in slides:
+        attempts.note(
+            slide_id,
+            _sign("", since),
+            requests=1,
+            now=now,
+            failed=time_of(_failure(store, stage, slide_id)),
+            record=recorded.get(slide_id, 0),
+        )
 
 
 def _since(instance: dg.DagsterInstance, platform: Platform) -> dict[Stage, int]:
@@ -127,7 +195,7 @@ def _failure(store: Store, stage: Stage, slide_id: str) -> Mapping[str, Any] | N
     return store.slide(slide_id).failures().get(stage)
 
 
-def _recorded(instance: dg.DagsterInstance, stage: str) -> Mapping[str, int]:
+def _recorded(instance: dg.DagsterInstance, stage: Stage) -> Mapping[str, int]:
     """Number of each slide's last record of a stage; a later one is larger."""
     return instance.get_latest_storage_id_by_partition(
         dg.AssetKey(stage), DagsterEventType.ASSET_MATERIALIZATION
@@ -148,7 +216,12 @@ def _owed(
     owed = {}
     for slide_id, record in before.items():
         sign = _sign(record, since)
-        if made.get(slide_id, 0) < max(record, since) or attempts.is_outdated(slide_id, sign):
+        if (
+            made.get(slide_id, 0) < max(record, since)
+            or attempts.is_outdated(slide_id, sign)
+            # Outdated when it was asked for, and killed since.
+            or attempts.is_unrecorded(slide_id, made)
+        ):
             owed[slide_id] = sign
     return owed
 

@@ -189,6 +189,24 @@ def test_a_model_fitted_while_a_batch_is_under_way_assigns_it_anew(watched):
     assert watched.due_stages() == {"clusters": {"a", "b", "c", "d"}}
 
 
+def test_tiles_made_anew_while_a_run_encodes_those_of_before_are_encoded_too(watched, clock):
+    watched.add("a", "b")
+    watched.run("slides")
+    [(both, _)] = requested(watched)
+    assert watched.run(*both).success
+    watched.change(tiling=TilingSettings(tile_px=128, overlap=0.5))
+    watched.run("tiles", slides=["a"])
+    # The run that was encoding them all the while ends after that.
+    watched.instance.report_runless_asset_event(dg.AssetMaterialization("features", partition="a"))
+    assert watched.due_stages() == {"features": {"a"}}
+    assert watched.due_stages() == {}, "it was asked for just now"
+    clock(301)
+    assert watched.due_stages() == {"features": {"a"}}, "its run was killed"
+    watched.run("features", slides=["a"])
+    assert watched.metadata("features", "a")["recomputed"]
+    assert watched.due_stages() == {}
+
+
 def test_a_batch_is_not_asked_for_again_while_any_of_its_stages_is_under_way(watched):
     watched.add("a", "b")
     watched.run("slides")
