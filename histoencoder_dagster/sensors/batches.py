@@ -84,6 +84,11 @@ class Attempts:
         attempt = self._by_slide.get(slide_id)
         return attempt is not None and not attempt.is_of(sign)
 
+    def is_by_itself(self, slide_id: str) -> bool:
+        """Whether a slide was asked for by itself: its sign tells whether it has changed since."""
+        attempt = self._by_slide.get(slide_id)
+        return attempt is not None and not attempt.is_open
+
     def outdate(self, slide_id: str, *, record: int) -> None:
         """What was recorded is known to be of before: the slide is owed until it is asked for."""
         self._by_slide[slide_id] = Attempt(OUTDATED, requests=0, not_before=0, record=record)

@@ -69,15 +69,14 @@ def next_stages(
     recorded: dict[Stage, Mapping[str, int]] = {"slides": _recorded(instance, "slides")}
     recorded |= {stage: _recorded(instance, stage) for stage in FOLLOWS}
     attempts = {stage: Attempts(cursor.get(stage, {})) for stage in FOLLOWS}
-    looked = _look_up(store, recorded, attempts, cursor.get(_LOOKED, {}))
     since = _since(instance, platform)
+    looked = _look_up(store, since, recorded, attempts, cursor.get(_LOOKED, {}))
     possible = list(since)
     requests: list[dg.RunRequest] = []
-    for stage, (before, _) in FOLLOWS.items():
-        owed: dict[str, str] = {}
-        if stage in since:
-            there = {s: recorded[before][s] for s in order if s in recorded[before]}
-            owed = _owed(there, recorded[stage], attempts[stage], since[stage])
+    for stage in since:
+        before, _ = FOLLOWS[stage]
+        there = {s: recorded[before][s] for s in order if s in recorded[before]}
+        owed = _owed(there, recorded[stage], attempts[stage], since[stage])
         batches = next_batches(
             owed,
             attempts[stage],
@@ -111,6 +110,7 @@ def next_stages(
 
 def _look_up(
     store: Store,
+    stages: Iterable[Stage],
     recorded: Mapping[Stage, Mapping[str, int]],
     attempts: Mapping[Stage, Attempts],
     looked: Mapping[str, int],
@@ -119,6 +119,7 @@ def _look_up(
 
     Args:
         store: The store.
+        stages: Those that are looked up.
         recorded: By stage, number of each slide's last record.
         attempts: By stage; those of such slides are changed.
         looked: By stage, number of the last record that was looked up.
@@ -126,15 +127,17 @@ def _look_up(
     Returns:
         The same, as of now: what there was no time for comes in the next look.
     """
-    end = time.monotonic() + LOOKING_SECONDS
+    end = time.monotonic() + LOOKING_SECONDS / 2
     now_looked = dict(looked)
-    for stage in FOLLOWS:
+    for stage in stages:
         seen = looked.get(stage, 0)
         new = sorted((number, s) for s, number in recorded[stage].items() if number > seen)
         for number, slide_id in new:
             if time.monotonic() > end:
                 break
-            if _is_outdated(store, slide_id, stage):
+            # By the sign of an attempt it is known without; nor is it asked for over and over then.
+            by_sign = attempts[stage].is_by_itself(slide_id)
+            if not by_sign and _is_outdated(store, slide_id, stage):
                 attempts[stage].outdate(slide_id, record=number)
             now_looked[stage] = number
     return now_looked
@@ -142,9 +145,13 @@ def _look_up(
 
 def _is_outdated(store: Store, slide_id: str, stage: Stage) -> bool:
     """Whether a stage was made from what was there before; one that can't be read is not."""
+    look = SlideLook(store, slide_id, None)
+    before, _ = FOLLOWS[stage]
+    if before != "slides" and look.folder.stamp(before) is None:
+        return False  # another program's: to read all of it takes longer than a tick may
     try:
-        return SlideLook(store, slide_id, None).is_outdated(stage)
-    except (HistoEncoderError, OSError):  # its states tell
+        return look.is_outdated(stage)
+    except (HistoEncoderError, OSError, ValueError, KeyError):  # its states tell
         return False
 
 

@@ -326,6 +326,7 @@ def clock(monkeypatch):
     for module in (
         "histoencoder_core.slides.arrivals",
         "histoencoder_dagster.sensors.clusters",
+        "histoencoder_dagster.sensors.completeness",
         "histoencoder_dagster.sensors.slides",
         "histoencoder_dagster.sensors.stages",
     ):

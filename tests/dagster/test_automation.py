@@ -207,6 +207,17 @@ def test_tiles_made_anew_while_a_run_encodes_those_of_before_are_encoded_too(wat
     assert watched.due_stages() == {}
 
 
+def test_what_was_made_from_tiles_of_before_is_found_without_a_cursor(watched):
+    watched.add("a", "b")
+    watched.run("slides")
+    watched.run("tiles", "features")
+    watched.change(tiling=TilingSettings(tile_px=128, overlap=0.5))
+    watched.run("tiles", slides=["a"])
+    watched.instance.report_runless_asset_event(dg.AssetMaterialization("features", partition="a"))
+    watched.cursors.clear()
+    assert watched.due_stages() == {"features": {"a"}}
+
+
 def test_a_batch_is_not_asked_for_again_while_any_of_its_stages_is_under_way(watched):
     watched.add("a", "b")
     watched.run("slides")

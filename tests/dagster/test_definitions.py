@@ -167,8 +167,12 @@ def test_the_instance_config_makes_an_instance(tmp_path):
         assert not instance.nux_enabled
         assert instance.run_monitoring_enabled
         assert instance.run_monitoring_max_runtime_seconds > 0
-        pools = instance.get_concurrency_config().pool_config
+        concurrency = instance.get_concurrency_config()
+        pools = concurrency.pool_config
         assert (pools.default_pool_limit, pools.pool_granularity.value) == (1, "op")
+        # Else a run that begins with a pool's step is not begun while others wait for the pool.
+        most_runs = concurrency.run_queue_config.max_concurrent_runs
+        assert pools.op_granularity_run_buffer >= most_runs
         assert instance.run_retries_enabled
         assert not instance.run_retries_retry_on_asset_or_op_failure
         assert "QueuedRunCoordinator" in type(instance.run_coordinator).__name__

@@ -19,6 +19,7 @@ from killing import content_of, differences
 from test_end_to_end import BIN, REPOSITORY, Live, annotate
 
 from histoencoder_core.store import Store
+from histoencoder_dagster.launching.process import process_of
 from histoencoder_dagster.partitions import RANGE_END, RANGE_START, SLIDES, UNFINISHED
 
 KILLS = 16
@@ -34,18 +35,11 @@ STAGES = ("slides", "tiles", "features", "clusters")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
-def workers(home: Path) -> list[int]:
-    """Processes of the platform that execute runs, from their very beginning."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (folder / "cmdline").read_bytes()
-            environment = (folder / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if b"spawn_main(" in words and f"DAGSTER_HOME={home}".encode() in environment:
-            found.append(int(folder.name))
-    return sorted(found)
+def workers(instance: dg.DagsterInstance) -> list[int]:
+    """Processes of the platform that execute runs."""
+    runs = instance.get_runs(dg.RunsFilter(statuses=UNFINISHED))
+    processes = [process for run in runs if (process := process_of(run)) is not None]
+    return sorted(process.pid for process in processes if process.is_alive)
 
 
 def run_of(instance: dg.DagsterInstance, pid: int) -> str:
@@ -80,7 +74,8 @@ def patient(live: Live) -> None:
     text = path.read_text()
     for before, after in (
         ("free_slots_after_run_end_seconds: 60", "free_slots_after_run_end_seconds: 5"),
-        ("  start_timeout_seconds: 180", "  start_timeout_seconds: 60\n  poll_interval_seconds: 5"),
+        ("start_timeout_seconds: 180", "start_timeout_seconds: 60"),
+        ("poll_interval_seconds: 15", "poll_interval_seconds: 5"),
         ("max_retries: 2", "max_retries: 8"),
     ):
         assert before in text
@@ -131,7 +126,7 @@ def killed_at_work(live: Live, instance: dg.DagsterInstance, stage: str) -> None
     os.killpg(run.pid, signal.SIGKILL)
     run.wait()
     [started] = instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED]))
-    # As the code server and the daemon do when they find a run's process gone.
+    # As the daemon does when it finds a run's process gone.
     instance.report_run_failed(started)
     instance.event_log_storage.free_concurrency_slots_for_run(started.run_id)
 
@@ -182,7 +177,7 @@ def test_killed_runs_are_made_up_for(live, deployment):
             return idle and all(partitions == set(NAMES) for partitions in made)
 
         while hits.total() < KILLS and not done() and time.monotonic() < deadline:
-            running = workers(live.home)
+            running = workers(instance)
             if not running:
                 time.sleep(0.2)
                 continue

@@ -123,23 +123,28 @@ def platform(kept_deployment, test_data):
     assert found_in(slides, TEXTS).keys() == {"a.svs", "v.vms", "n.ndpi", "d.dcm"}
     (slides / "cut.svs").write_bytes((slides / "a.svs").read_bytes()[:150_000])
     order = deployment.register()
-    job = deployment.defs.resolve_implicit_global_asset_job_def()
-    for asset in ("slides", "tiles", "features", "cluster_model", "clusters", "catalog"):
-        tags = (
-            {}
-            if asset in {"cluster_model", "catalog"}
-            else {RANGE_START: order[0], RANGE_END: order[-1]}
-        )
-        job.execute_in_process(
-            instance=deployment.instance,
-            tags=tags,
-            asset_selection=[dg.AssetKey(asset)],
-            raise_on_error=False,
-        )
+
+    def run(*assets, slides=order):
+        for asset in assets:
+            of_slides = {RANGE_START: slides[0], RANGE_END: slides[-1]}
+            deployment.defs.resolve_implicit_global_asset_job_def().execute_in_process(
+                instance=deployment.instance,
+                tags={} if asset in {"cluster_model", "catalog"} else of_slides,
+                asset_selection=[dg.AssetKey(asset)],
+                raise_on_error=False,
+            )
+
+    run("slides", "tiles", "features", "cluster_model", "clusters", "catalog")
     assert deployment.recorded("clusters") == {"a", "d"}
     for slide_id in ("cut", "n", "v"):  # what their failures tell is looked at, too
         assert deployment.folder(slide_id).failures()
     write_report(deployment.store)
+    # The NDPI is of fluorescence: its background is dark.
+    dark = deployment.settings.tiling.model_copy(update={"background": "dark"})
+    deployment.change(tiling=dark)
+    run("tiles", "features", "clusters", slides=["n"])
+    run("catalog")
+    assert deployment.recorded("clusters") == {"a", "d", "n"}
     return deployment
 
 

@@ -12,6 +12,7 @@ from histoencoder_core.errors import KINDS
 from histoencoder_dagster.jobs import describe_slides
 from histoencoder_dagster.partitions import RANGE_END, RANGE_START, SLIDES
 from histoencoder_dagster.sensors.batches import contiguous_batches
+from histoencoder_dagster.sensors.completeness import REFRESH_SECONDS
 
 RETRY_SECONDS = 300
 
@@ -428,6 +429,18 @@ def test_a_failure_refreshes_the_catalog_although_nothing_was_made(deployment):
     assert run.success, "whether it knew of all that failed can't be told"
     assert deployment.metadata("completeness")["slides_failed"] == 2
     assert isinstance(deployment.tick("new_troubles"), dg.SkipReason)
+
+
+def test_a_refresh_that_was_due_and_did_not_come_is_asked_for(deployment, clock):
+    deployment.add("good")
+    deployment.drop_broken("bad.svs")
+    scan(deployment)
+    deployment.tick("new_slides")
+    assert isinstance(deployment.tick("new_troubles"), dg.SkipReason), "the catalog is due anyway"
+    clock(REFRESH_SECONDS + 1)
+    [run] = deployment.run_requests(deployment.tick("new_troubles"), "refresh_catalog")
+    assert run.success
+    assert deployment.metadata("completeness")["slides_failed"] == 1
 
 
 # New annotations ----------------------------------------------------------------------------------
