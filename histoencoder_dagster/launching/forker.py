@@ -71,6 +71,8 @@ def execute(arguments: str) -> None:
 
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # PostgreSQL is given the records of a batch of slides at once, not a connection for each.
+    os.environ.setdefault("DAGSTER_EVENT_BATCH_SIZE", "100")
     told = deserialize_value(arguments, ExecuteRunArgs)
     assert told.instance_ref is not None
     with DagsterInstance.from_ref(told.instance_ref) as instance:

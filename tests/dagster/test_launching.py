@@ -195,7 +195,7 @@ def test_a_run_that_is_launched_twice_is_executed_once(launch):
 def test_code_that_is_installed_or_served_elsewhere_is_left_to_dagsters_launcher(launch):
     with pytest.raises(DagsterInvariantViolationError, match="DefaultRunLauncher requires"):
         launch("run", interpreter="/elsewhere/bin/python")
-    run = launch("another").run
+    run = launch("another").until_it_waits().run
     for host, forked in (("127.0.0.1", True), ("code.example", False)):
         place = GrpcServerCodeLocationOrigin(host=host, port=4000, location_name="x")
         origin = RemoteJobOrigin(RemoteRepositoryOrigin(place, "__repository__"), "waiting")
