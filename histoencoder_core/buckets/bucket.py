@@ -145,20 +145,23 @@ class Bucket:
             seconds: Time to wait for the list, and then to write what is new.
 
         Raises:
-            BucketAwayError: The bucket can't be listed; the folder stays as it was.
+            BucketAwayError: The bucket can't be listed, or has not been yet; the folder stays as it
+                was.
         """
         told = {"url": self.url, "max_bytes": self.max_bytes}
         path = self.root / _TOLD
         try:
             # Copies hold what scanners write into slides, such as labels with names.
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self.listed.mkdir(exist_ok=True)
             with files.locked_to_write(path):
                 if not path.is_file() or files.read_json(path) != told:
                     files.write_json(path, told)
                 found = self._list(seconds)
                 if found is not None:
+                    self.listed.mkdir(exist_ok=True)
                     self._bring_up_to_date(found, end=time.monotonic() + seconds)
+                elif not self.listed.is_dir():
+                    raise BucketAwayError(f"{self.url}: is being listed for the first time")
         # Arrow raises the latter two for what an address asks for.
         except (OSError, ValueError, NotImplementedError) as error:
             raise BucketAwayError(f"{self.url}: can't be listed: {error}") from error

@@ -2,12 +2,15 @@
 
 import http.server
 import io
+import shutil
 import threading
 
 import dagster as dg
 import pytest
 import timm
 import torch
+from moto.server import ThreadedMotoServer
+from pyarrow.fs import FileSystem
 from pydantic import SecretStr
 from searching import found_in
 
@@ -15,7 +18,7 @@ from histoencoder_core.features import encoders, weights
 from histoencoder_core.settings import EncoderSettings
 from histoencoder_dagster.partitions import RANGE_END, RANGE_START
 
-PASSWORD, TOKEN = "s3cret-Pa55", "hf_" + "t0ken" * 6
+PASSWORD, TOKEN, KEY = "s3cret-Pa55", "hf_" + "t0ken" * 6, "AK1A-somebody"
 SMALL = "xcit_nano_12_p16_224"
 
 
@@ -89,3 +92,39 @@ def test_no_secret_reaches_the_records_whether_a_download_fails_or_not(
     assert found_in(tmp_path, [PASSWORD, TOKEN]) == {}
     assert found_in(home, ["127.0.0.1"]), "the search finds what the events hold"
     assert PASSWORD not in repr(deployment.platform)
+
+
+def test_keys_of_a_bucket_reach_no_records_whether_it_can_be_read_or_not(
+    kept_deployment, home, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", PASSWORD)
+    deployment = kept_deployment
+    slide = deployment.drop("a")
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        query = "endpoint_override={}:{}&scheme=http&region=us-east-1".format(
+            *server.get_host_and_port()
+        )
+        system, _ = FileSystem.from_uri(f"s3://scans/?{query}&allow_bucket_creation=true")
+        system.create_dir("scans")
+        for name, content in (("a.tiff", slide.read_bytes()), ("bad.svs", b"II*\0 no slide")):
+            with system.open_output_stream(f"scans/{name}") as out:
+                out.write(content)
+        deployment.change(
+            slides=(f"s3://scans?{query}",), bucket_copies=tmp_path / "copies", bucket_copies_gb=1
+        )
+        for _ in range(2):
+            deployment.run_requests(deployment.tick("new_slides"), "describe_slides")
+        assert deployment.recorded("slides") == {"a"}
+        assert deployment.folder("bad").failures()
+    finally:
+        server.stop()
+    shutil.rmtree(tmp_path / "copies")
+    deployment.change()
+    assert "scans" in deployment.tick("new_slides").skip_message
+    deployment.run("tiles", slides=["a"])
+    assert deployment.folder("a").failures()["tiles"]
+    assert found_in(tmp_path, [PASSWORD, KEY]) == {}
+    assert found_in(home, ["bad.svs"]), "the search finds what the events hold"
