@@ -9,6 +9,7 @@ import re
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qs, urlsplit
@@ -27,6 +28,9 @@ SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "file")
 LISTED = "listed"
 COPIES = "copies"
 _TOLD = "bucket.json"
+_WHOLE = "whole"
+"""A file that is there once all slides of the bucket have been listed."""
+
 
 _READ_AT_ONCE = frozenset([".csv", ".geojson", ".ini", ".json", ".vms", ".vmu", ".yaml", ".yml"])
 _ANNOTATIONS = "annotations"
@@ -160,7 +164,8 @@ class Bucket:
                 if found is not None:
                     self.listed.mkdir(exist_ok=True)
                     self._bring_up_to_date(found, end=time.monotonic() + seconds)
-                elif not self.listed.is_dir():
+                # What is not written yet would be taken for absent.
+                if not (self.root / _WHOLE).exists():
                     raise BucketAwayError(f"{self.url}: is being listed for the first time")
         # Arrow raises the latter two for what an address asks for.
         except (OSError, ValueError, NotImplementedError) as error:
@@ -197,9 +202,15 @@ class Bucket:
         known = _signatures_below(self.listed)
         for relative in known.keys() - there.keys():
             self._remove(relative)
-        for relative, info in there.items():
-            if known.get(relative) == (info.size, info.mtime_ns or 0):
-                continue
+        new = [
+            (_ANNOTATIONS in PurePosixPath(relative).parts[:-1], relative, info)
+            for relative, info in there.items()
+            if known.get(relative) != (info.size, info.mtime_ns or 0)
+        ]
+        # Slides first: next to nothing is read of them, so they are soon there.
+        for is_annotation, relative, info in sorted(new, key=itemgetter(0)):
+            if is_annotation:
+                (self.root / _WHOLE).touch()
             if time.monotonic() > end:
                 log.info("%s: more is new; it comes with the next look", self.url)
                 return
@@ -211,6 +222,7 @@ class Bucket:
                 if kind_of(error) != "input-output":
                     raise  # this machine's disk, not the object
                 log.warning("%s/%s: can't be read (%s); it is left out", self.url, relative, error)
+        (self.root / _WHOLE).touch()
 
     def _write(self, relative: str, info: FileInfo, system: FileSystem) -> None:
         """Write the file that stands for an object."""

@@ -2,7 +2,8 @@
 
 A slide is first identified by a sample of its bytes, since reading an archive over the network
 takes days. A sample can miss what changes later, so from the moment that a file's size or
-modification time has changed, it is identified by all of its bytes.
+modification time has changed, it is identified by all of its bytes; so is one of which another
+file, that is there too, has the same sample.
 """
 
 from __future__ import annotations

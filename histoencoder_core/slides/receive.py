@@ -14,9 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from histoencoder_core.errors import SlideError
-from histoencoder_core.slides.content import Content, content_fingerprint, signature
+from histoencoder_core.slides.content import (
+    Content,
+    content_fingerprint,
+    signature,
+    whole_hash,
+)
 from histoencoder_core.slides.contents import Contents
 from histoencoder_core.slides.describe import (
+    Description,
     already_described,
     content_of,
     describe_slide,
@@ -74,7 +80,7 @@ def receive_slide(store: Store, slide_id: str, found: FoundSlide, sheet: Sheet) 
         with open_slide(found.path) as slide:
             content = content_of(folder, slide, inputs)
             with contents.locked():
-                other = _other_owner(contents, slide_id, slide.copy, content)
+                other, content = _other_owner(contents, slide_id, slide.copy, content)
                 if other is None:
                     _hand_over(contents, folder, slide_id, content)
                 elif _is_gone(store, other):
@@ -94,17 +100,40 @@ def receive_slide(store: Store, slide_id: str, found: FoundSlide, sheet: Sheet) 
     return Received(other, describe_slide(store.slide(other), found, row))
 
 
-def _other_owner(contents: Contents, slide_id: str, path: Path, content: Content) -> str | None:
-    """Another slide that has this content; None if there is none."""
+def _other_owner(
+    contents: Contents, slide_id: str, path: Path, content: Content
+) -> tuple[str | None, Content]:
+    """Another slide that has this content, None if there is none; and what the content is then.
+
+    Of two files that are both there, a sample does not tell that they are the same: one may have
+    been damaged on its way, and sent again under another name.
+    """
     owner = contents.owner(content.sample)
     if owner is None or owner == slide_id:
-        return None
+        return None, content
     described = read_description(contents.store.slide(owner))
     if described is None:
         # It is being described right now, or its run was killed and it is still owed.
         entry = Register(contents.store).entries().get(owner)
-        return owner if entry is not None and Path(entry.path).exists() else None
-    return owner if described.identity.is_that_of(path, content) else None
+        is_there = entry is not None and Path(entry.path).exists()
+        return (owner if is_there else None), content
+    theirs = described.identity.whole or _whole_hash_of(described)
+    if theirs is None:  # its file is gone, or changes: the sample is all that there is
+        return owner, content
+    whole = content.whole or whole_hash(path)
+    return (owner, content) if whole == theirs else (None, Content(content.sample, whole, whole))
+
+
+def _whole_hash_of(described: Description) -> str | None:
+    """Hash all bytes of a slide's file; None if that is not the one that was described."""
+    path = Path(described.path)
+    try:
+        if signature(path) != (described.size, described.mtime_ns):
+            return None
+        with open_slide(path) as slide:
+            return whole_hash(slide.copy)
+    except (OSError, SlideError):
+        return None
 
 
 def _is_gone(store: Store, slide_id: str) -> bool:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import shutil
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,6 +22,7 @@ from pyarrow.fs import FileInfo, FileSelector, FileSystem
 from pydantic import ValidationError
 
 from histoencoder_core.buckets import Bucket, BucketAwayError, copied, copies
+from histoencoder_core.buckets import bucket as bucket_module
 from histoencoder_core.errors import SlideError
 from histoencoder_core.forgetting import traces
 from histoencoder_core.settings import PlatformSettings, TilingSettings
@@ -200,6 +205,33 @@ def test_a_bucket_that_is_slow_to_list_holds_up_nobody(
     bucket.list_anew(seconds=0.01)
     assert [slide.relative for slide in find_slides(bucket.listed)] == ["a.tiff"]
     go_on.set()
+
+
+def test_slides_that_there_was_no_time_to_list_yet_are_not_absent(
+    store: Store, objects: Objects, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after the folder of copies was emptied."""
+    for number, name in enumerate("abc"):
+        objects.put(f"{name}.tiff", scan(tmp_path / "x.tiff", seed=number))
+    take_up(store, bucket)
+    shutil.rmtree(bucket.root)
+    write, out_of_time = bucket._write, threading.Event()
+
+    def write_one(*told: object) -> None:
+        write(*told)  # type: ignore[arg-type]
+        out_of_time.set()
+
+    monkeypatch.setattr(bucket, "_write", write_one)
+    later = itertools.count(1, 1000)
+    clock = SimpleNamespace(
+        monotonic=lambda: next(later) if out_of_time.is_set() else 0, time_ns=time.time_ns
+    )
+    with monkeypatch.context() as patched:
+        patched.setattr(bucket_module, "time", clock)
+        seen = look(store, bucket)
+    assert (seen.absent, list(seen.away)) == ([], [bucket.listed])
+    out_of_time.clear()
+    assert look(store, bucket).away == {}
 
 
 def test_one_object_that_can_not_be_read_takes_no_other_away(

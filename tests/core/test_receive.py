@@ -225,6 +225,30 @@ def test_what_a_sample_misses_is_found_once_the_files_time_has_changed(
     assert told.stamp.fingerprint == again
 
 
+def test_a_damaged_copy_is_no_duplicate_although_its_sample_is_the_same(
+    store: Store, scans: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was sent again under another name, and differs in bytes that no sample reads."""
+    monkeypatch.setattr(content, "WHOLE_BYTES", 1000)
+    monkeypatch.setattr(content, "_BLOCK", 64)
+    monkeypatch.setattr(content, "_BLOCKS", 16)
+    damaged = scan(scans / "a.tiff")
+    damaged.write_bytes(damaged.read_bytes() + bytes(100_000))
+    receive(store, scans)
+    sound = Path(shutil.copy(damaged, scans / "b.tiff"))
+    with sound.open("r+b") as file:
+        file.seek((damaged.stat().st_size - 64) * 14 // 15 + 64)
+        file.write(b"x")
+    assert content.content_fingerprint(sound) == content.content_fingerprint(damaged)
+    assert receive(store, scans)["b.tiff"].duplicate_of is None
+    a, b = (store.slide(slide_id).stamp("slides") for slide_id in "ab")
+    assert a is not None
+    assert b is not None
+    assert a.fingerprint != b.fingerprint
+    shutil.copy(sound, scans / "c.tiff")
+    assert receive(store, scans)["c.tiff"].duplicate_of == "b"
+
+
 def test_a_file_that_changes_while_it_is_worked_on_is_refused(
     store: Store, scans: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
