@@ -161,21 +161,26 @@ def running(
 
 
 def resident_mb(pid: int) -> tuple[int, int]:
-    """Resident memory in MB of a process, and of all that it started."""
+    """Memory in MB of a process, and of all that it started; of what several share, its part."""
     children: dict[int, list[int]] = {}
     memory = {}
-    for status in Path("/proc").glob("[0-9]*/status"):
+    for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, KeyError):
-            lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-            own, parent = int(lines["Pid"]), int(lines["PPid"])
+            status = _values(folder / "status")
+            own, parent = int(status["Pid"]), int(status["PPid"])
             children.setdefault(parent, []).append(own)
-            memory[own] = int(lines["VmRSS"].split()[0]) / 1024
+            memory[own] = int(_values(folder / "smaps_rollup")["Pss"].split()[0]) / 1024
     below, waiting = 0.0, list(children.get(pid, []))
     while waiting:
         child = waiting.pop()
         below += memory.get(child, 0.0)
         waiting += children.get(child, [])
     return round(memory.get(pid, 0.0)), round(below)
+
+
+def _values(path: Path) -> dict[str, str]:
+    lines = (line.partition(":") for line in path.read_text().splitlines())
+    return {name: value.strip() for name, _, value in lines}
 
 
 def _ticks_since(started: float) -> Iterator[Line]:

@@ -13,7 +13,7 @@ def collector_off() -> Iterator[None]:
 
     They make a million objects that all stay, which it looks at again and again: a third of the
     time that torch, timm, and HistoPrep with scikit-learn take (5.5 s to 3.8 s of processor time).
-    Each run of the platform is a process of its own and pays it.
+    Each command pays it, and whatever runs are not forked (`histoencoder_dagster.launching`).
 
     Example:
         >>> import gc

@@ -175,6 +175,8 @@ class Forker:
 
 def _can_fork(run: dg.DagsterRun, origin: JobPythonOrigin) -> bool:
     """Whether a run's code is installed where the daemon is, and served on the same machine."""
+    if sys.platform != "linux":
+        return False
     served = run.remote_job_origin
     place = None if served is None else served.repository_origin.code_location_origin
     if isinstance(place, GrpcServerCodeLocationOrigin):
@@ -184,7 +186,7 @@ def _can_fork(run: dg.DagsterRun, origin: JobPythonOrigin) -> bool:
     ours, its = (
         Path(it).parent for it in (sys.executable, origin.repository_origin.executable_path)
     )
-    return sys.platform == "linux" and ours.resolve() == its.resolve()
+    return ours.resolve() == its.resolve()
 
 
 def _code() -> tuple[int, int]:

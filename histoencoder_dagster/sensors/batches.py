@@ -29,8 +29,8 @@ RETRY_SECONDS = 600.0
 """A run that was killed longer ago, and was to be tried again, will not be: nobody did."""
 
 LOOKING_SECONDS = 2.0
-"""Time that a tick may read slides' folders in. After a restart it takes several ticks to have read
-those of a large archive."""
+"""Time that a tick may read slides' folders in; one that has more to do beside takes half of it.
+After a restart it takes several ticks to have read those of a large archive."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Attempt:
         sign: What the slide looked like then; if it has changed since, nothing was asked for. One
             that begins with a slash is open: how the slide will look is only known once what comes
             before in the same run is made, so the sign is the end of whatever that will be.
+            `OUTDATED` is that of no slide.
         requests: How often it was asked for.
         not_before: When it may be asked for again if no word is heard of it.
         failed: When the stage had last failed on it by then, in seconds since 1970; 0 if never.
@@ -84,8 +85,8 @@ class Attempts:
         attempt = self._by_slide.get(slide_id)
         return attempt is not None and not attempt.is_of(sign)
 
-    def is_by_itself(self, slide_id: str) -> bool:
-        """Whether a slide was asked for by itself: its sign tells whether it has changed since."""
+    def is_closed(self, slide_id: str) -> bool:
+        """Whether a slide was asked for as it then was: its sign tells if it has changed since."""
         attempt = self._by_slide.get(slide_id)
         return attempt is not None and not attempt.is_open
 
@@ -94,7 +95,7 @@ class Attempts:
         self._by_slide[slide_id] = Attempt(OUTDATED, requests=0, not_before=0, record=record)
 
     def is_unrecorded(self, slide_id: str, recorded: Mapping[str, int]) -> bool:
-        """Whether a slide was asked for by itself, and nothing was recorded of it since."""
+        """Whether a slide was asked for as it then was, and nothing was recorded of it since."""
         attempt = self._by_slide.get(slide_id)
         if attempt is None or attempt.is_open:
             return False

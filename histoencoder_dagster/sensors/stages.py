@@ -48,6 +48,8 @@ FOLLOWS: dict[Stage, tuple[Stage, str | None]] = {
 }
 """The stage of the slide, and the asset of the cohort, that a stage is made from."""
 
+_RECORDED: tuple[Stage, ...] = ("slides", *FOLLOWS)
+
 _LOOKED = "looked"
 """In the cursor, beside the stages: the last record of each that was looked up."""
 
@@ -66,8 +68,7 @@ def next_stages(
     cursor = read_cursor(context.cursor)
     # First what is under way: what ends after this look is taken for under way for a tick longer.
     in_flight = InFlight.of(instance, work_up_slides.name, order, now=now)
-    recorded: dict[Stage, Mapping[str, int]] = {"slides": _recorded(instance, "slides")}
-    recorded |= {stage: _recorded(instance, stage) for stage in FOLLOWS}
+    recorded = {stage: _recorded(instance, stage) for stage in _RECORDED}
     attempts = {stage: Attempts(cursor.get(stage, {})) for stage in FOLLOWS}
     since = _since(instance, platform)
     looked = _look_up(store, since, recorded, attempts, cursor.get(_LOOKED, {}))
@@ -136,7 +137,7 @@ def _look_up(
             if time.monotonic() > end:
                 break
             # By the sign of an attempt it is known without; nor is it asked for over and over then.
-            by_sign = attempts[stage].is_by_itself(slide_id)
+            by_sign = attempts[stage].is_closed(slide_id)
             if not by_sign and _is_outdated(store, slide_id, stage):
                 attempts[stage].outdate(slide_id, record=number)
             now_looked[stage] = number
@@ -151,7 +152,7 @@ def _is_outdated(store: Store, slide_id: str, stage: Stage) -> bool:
         return False  # another program's: to read all of it takes longer than a tick may
     try:
         return look.is_outdated(stage)
-    except (HistoEncoderError, OSError, ValueError, KeyError):  # its states tell
+    except (HistoEncoderError, OSError, ValueError, KeyError):  # `status` tells of it
         return False
 
 

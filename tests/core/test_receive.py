@@ -50,7 +50,7 @@ def made(store: Store, slide_id: str) -> int:
 def test_describing_a_slide_waits_for_no_library_that_only_later_stages_need(
     tmp_path: Path, scans: Path
 ) -> None:
-    """Runs that describe new slides are processes of their own: each pays for its imports."""
+    """Else each command that describes slides pays for them, too."""
     scan(scans / "a.tiff")
     code = (
         "import sys; from pathlib import Path\n"

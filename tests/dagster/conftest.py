@@ -256,7 +256,7 @@ def _one_thread():
 
 
 @contextlib.contextmanager
-def _deployed(folder, instance=None):
+def deployed(folder, instance=None):
     settings = PlatformSettings(
         slides=folder / "slides",
         store=folder / "store",
@@ -280,7 +280,7 @@ def _deployed(folder, instance=None):
 
 @pytest.fixture
 def deployment(tmp_path):
-    with _deployed(tmp_path) as deployment:
+    with deployed(tmp_path) as deployment:
         yield deployment
 
 
@@ -296,14 +296,14 @@ def home(tmp_path):
 @pytest.fixture
 def kept_deployment(tmp_path, home):
     """A deployment whose instance keeps its records in `home`."""
-    with _deployed(tmp_path, dg.DagsterInstance.from_config(str(home))) as deployment:
+    with deployed(tmp_path, dg.DagsterInstance.from_config(str(home))) as deployment:
         yield deployment
 
 
 @pytest.fixture(scope="session")
 def done_store(tmp_path_factory):
     """A store in which all stages of the slides a, b and c are done; not to be written to."""
-    with _deployed(tmp_path_factory.mktemp("done")) as deployment:
+    with deployed(tmp_path_factory.mktemp("done")) as deployment:
         deployment.add("a", "b", "c")
         deployment.run_all()
         return deployment.settings.store

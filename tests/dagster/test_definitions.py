@@ -191,8 +191,8 @@ def test_the_command_line_tools_of_dagster_accept_the_project():
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_run_that_needs_no_encoder_does_not_wait_for_its_libraries():
-    """Every run is a process of its own: what it imports is paid for each batch of slides."""
+def test_the_platforms_code_is_loaded_without_the_encoders_libraries():
+    """Else code server and web server would hold them, and runs that are not forked wait."""
     told = subprocess.run(
         [sys.executable, "-c", "import sys, histoencoder_dagster.definitions; print(*sys.modules)"],
         capture_output=True, text=True, check=True,

@@ -1,5 +1,6 @@
 """Runs forked from a process that has imported what they need."""
 
+import logging
 import os
 import shutil
 import signal
@@ -20,6 +21,8 @@ from dagster._core.remote_origin import (
     RemoteJobOrigin,
     RemoteRepositoryOrigin,
 )
+from dagster._core.test_utils import create_test_daemon_workspace_context
+from dagster._core.workspace.load_target import EmptyWorkspaceTarget
 from dagster._daemon.monitoring import execute_run_monitoring_iteration
 
 from histoencoder_dagster.launching import ForkingRunLauncher, launcher
@@ -228,11 +231,13 @@ def test_what_works_slides_up_is_imported_before_runs_are_forked(tmp_path, write
     (tmp_path / "slides").mkdir()
     write_slide(tmp_path / "slides" / "a.tiff")
     code = """
-import importlib, sys
+import importlib, sys, threading
 from histoencoder_dagster.launching.forker import IMPORTED
 for name in IMPORTED:
     importlib.import_module(name)
 before = {*sys.modules}
+assert threading.active_count() == 1, "a thread does not survive a fork"
+assert not sys.modules["torch"].cuda.is_initialized()
 import dagster as dg
 from histoencoder_dagster.definitions import defs
 from histoencoder_dagster.partitions import SLIDES
@@ -270,11 +275,6 @@ print("new:", *({*sys.modules} - before))
 
 
 def monitor(instance):
-    import logging
-
-    from dagster._core.test_utils import create_test_daemon_workspace_context
-    from dagster._core.workspace.load_target import EmptyWorkspaceTarget
-
     with create_test_daemon_workspace_context(EmptyWorkspaceTarget(), instance) as context:
         errors = [*execute_run_monitoring_iteration(context, logging.getLogger())]
     assert errors.count(None) == len(errors)
