@@ -196,6 +196,8 @@ def test_a_full_disk_leaves_what_was_there_and_the_stage_succeeds_with_space(
             free = 2 * free or 4096
         assert work.store.slide("a").failures() == {}, stage
         assert make() is not None
+    told = {"full disk": sum(failed.values()), "by stage": failed}
+    print(json.dumps(told))  # noqa: T201 - the figures of `make chaos`
     assert min(failed.values()) > 0, failed
 
 

@@ -22,7 +22,7 @@ from histoencoder_core.store import Store
 from histoencoder_dagster.partitions import RANGE_END, RANGE_START, SLIDES, UNFINISHED
 
 KILLS = 16 if "HISTOENCODER_CHAOS_KILLS" in os.environ else 4
-LIFETIME = 6.0
+LIFETIME = 3.0
 """About as long as a run takes here, in seconds."""
 
 SEED = int(os.environ.get("HISTOENCODER_CHAOS_SEED", 0))
