@@ -11,11 +11,15 @@ import, and both know of forks.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib
 import os
 import signal
 import sys
+import threading
+import traceback
+from typing import NoReturn
 
 from histoencoder_core.imports import collector_off
 
@@ -54,10 +58,27 @@ def main() -> None:
         if pid == 0:
             lines.close()
             answers.close()
-            execute(line.decode())
-            return  # and end as any process does, with all that is left to be done then
+            try:
+                execute(line.decode())
+            except BaseException:  # noqa: BLE001 - the log tells, whatever it is
+                traceback.print_exc()
+            finally:
+                end()
         answers.write(b"%d\n" % pid)
         answers.flush()
+
+
+def end() -> NoReturn:
+    """End this process as `multiprocessing` ends those that it forked.
+
+    All that is to be done in the end is done; but the objects that it shares are not taken apart,
+    which would copy them all, and have some libraries tell that they leak.
+    """
+    threading._shutdown()  # type: ignore[attr-defined] # waits for threads, as Python does
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def execute(arguments: str) -> None:
