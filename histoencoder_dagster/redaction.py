@@ -148,7 +148,12 @@ class Redaction:
         """A run's JSON without the slides."""
 
         def without(run: Any) -> Any:
-            return {**run, "tags": self.tags(run.get("tags") or {})}
+            kept = {**run, "tags": self.tags(run.get("tags") or {})}
+            if "partitions_subset" in run:
+                kept |= self._record(
+                    {"partitions_subset": run["partitions_subset"]}, shown=False, pictures=True
+                )
+            return kept
 
         return _rewritten(text, without)
 
