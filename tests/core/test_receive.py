@@ -194,21 +194,38 @@ def test_a_rescan_replaces_the_old_outputs_and_no_tiles_of_the_old_are_left(
     assert store.slide("a").stamp("tiles") is not None
 
 
-def test_what_a_sample_misses_is_found_once_the_files_time_has_changed(
-    store: Store, scans: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A damaged copy that is mended in place, in bytes that no sample reads."""
+@pytest.fixture
+def small_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of more than a thousand bytes are known by 16 blocks of 64."""
     monkeypatch.setattr(content, "WHOLE_BYTES", 1000)
     monkeypatch.setattr(content, "_BLOCK", 64)
     monkeypatch.setattr(content, "_BLOCKS", 16)
-    path = scan(scans / "a.tiff")
+
+
+def scan_sampled(path: Path) -> Path:
+    """A slide with bytes that no such sample reads."""
+    scan(path)
     path.write_bytes(path.read_bytes() + bytes(100_000))
-    receive(store, scans)
-    first = store.slide("a").stamp("slides")
+    return path
+
+
+def change_unsampled(path: Path) -> None:
+    """Change a byte between the last two of the blocks."""
     size = path.stat().st_size
-    with path.open("r+b") as file:  # between the last two of the blocks
+    with path.open("r+b") as file:
         file.seek((size - 64) * 14 // 15 + 64)
         file.write(b"x")
+
+
+@pytest.mark.usefixtures("small_samples")
+def test_what_a_sample_misses_is_found_once_the_files_time_has_changed(
+    store: Store, scans: Path
+) -> None:
+    """A damaged copy that is mended in place, in bytes that no sample reads."""
+    path = scan_sampled(scans / "a.tiff")
+    receive(store, scans)
+    first = store.slide("a").stamp("slides")
+    change_unsampled(path)
     stat = path.stat()
     sample = content.content_fingerprint(path)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
@@ -225,20 +242,15 @@ def test_what_a_sample_misses_is_found_once_the_files_time_has_changed(
     assert told.stamp.fingerprint == again
 
 
+@pytest.mark.usefixtures("small_samples")
 def test_a_damaged_copy_is_no_duplicate_although_its_sample_is_the_same(
-    store: Store, scans: Path, monkeypatch: pytest.MonkeyPatch
+    store: Store, scans: Path
 ) -> None:
     """It was sent again under another name, and differs in bytes that no sample reads."""
-    monkeypatch.setattr(content, "WHOLE_BYTES", 1000)
-    monkeypatch.setattr(content, "_BLOCK", 64)
-    monkeypatch.setattr(content, "_BLOCKS", 16)
-    damaged = scan(scans / "a.tiff")
-    damaged.write_bytes(damaged.read_bytes() + bytes(100_000))
+    damaged = scan_sampled(scans / "a.tiff")
     receive(store, scans)
     sound = Path(shutil.copy(damaged, scans / "b.tiff"))
-    with sound.open("r+b") as file:
-        file.seek((damaged.stat().st_size - 64) * 14 // 15 + 64)
-        file.write(b"x")
+    change_unsampled(sound)
     assert content.content_fingerprint(sound) == content.content_fingerprint(damaged)
     assert receive(store, scans)["b.tiff"].duplicate_of is None
     a, b = (store.slide(slide_id).stamp("slides") for slide_id in "ab")

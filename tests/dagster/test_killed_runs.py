@@ -17,6 +17,7 @@ import dagster as dg
 import pytest
 from killing import content_of, differences
 from test_end_to_end import BIN, REPOSITORY, Live, annotate
+from test_launching import parent_of
 
 from histoencoder_core.store import Store
 from histoencoder_dagster.partitions import RANGE_END, RANGE_START, SLIDES, UNFINISHED
@@ -54,14 +55,6 @@ def is_forker_or_run(pid: int, home: Path) -> bool:
         b"histoencoder_dagster.launching" in words
         and f"DAGSTER_HOME={home}".encode() in environment
     )
-
-
-def parent_of(pid: int) -> int | None:
-    """None of a process that has ended meanwhile."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return None
 
 
 def run_of(instance: dg.DagsterInstance, pid: int) -> str:

@@ -82,10 +82,12 @@ class Launched:
         (self.folder / "go on").touch()
 
 
-def parent_of(pid):
-    status = Path(f"/proc/{pid}/status").read_text()
-    [line] = [line for line in status.splitlines() if line.startswith("PPid:")]
-    return int(line.split()[1])
+def parent_of(pid: int) -> int | None:
+    """None of a process that has ended meanwhile."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
 
 
 @pytest.fixture
